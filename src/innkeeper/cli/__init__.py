@@ -1,0 +1,1 @@
+"""The `inn` command. Sees only the SDK; imports client and base."""

@@ -1,0 +1,1 @@
+"""Versioned documents with compare-and-set, prefix reads and watch. Imports base."""
