@@ -23,9 +23,11 @@ def parse_size(text: str | int) -> int:
     match = _SIZE.fullmatch(str(text).strip())
     if not match:
         raise InvalidInput(f"size {str(text)!r} is not understood", hint="write it like 512M, 2G or 1.5T")
-    return int(float(match[1]) * 1024 ** _POWER[match[2].lower()]) if "." in match[1] else int(
-        match[1]
-    ) * 1024 ** _POWER[match[2].lower()]
+    return (
+        int(float(match[1]) * 1024 ** _POWER[match[2].lower()])
+        if "." in match[1]
+        else int(match[1]) * 1024 ** _POWER[match[2].lower()]
+    )
 
 
 def format_size(count: float) -> str:
