@@ -41,7 +41,7 @@ class InnkeeperError(Exception):
         }
 
 
-# --- what was asked for is wrong -------------------------------------------------------------------------------
+# --- what was asked for is wrong ---
 
 
 class InvalidInput(InnkeeperError):
@@ -70,7 +70,7 @@ class DigestMismatch(InvalidInput):
     """Downloaded or stored bytes are not the ones that were promised."""
 
 
-# --- what was asked for is not there, or there already ----------------------------------------------------------
+# --- what was asked for is not there, or there already ---
 
 
 class NotFound(InnkeeperError):
@@ -97,7 +97,7 @@ class InUse(InnkeeperError):
     status = 409
 
 
-# --- the request is refused as things are -----------------------------------------------------------------------
+# --- the request is refused as things are ---
 
 
 class ActionRefused(InnkeeperError):
@@ -132,7 +132,7 @@ class PoolFull(InnkeeperError):
     default_hint = "remove images or VMs that nobody needs, or enlarge the file system"
 
 
-# --- the host or a guest did not do its part --------------------------------------------------------------------
+# --- the host or a guest did not do its part ---
 
 
 class ToolMissing(InnkeeperError):

@@ -1,0 +1,60 @@
+"""A golden image, as it is recorded and as it is asked for."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from innkeeper.spec.quantity import ImageName, Model
+
+ImportFormat = Literal["qcow2", "raw", "vmdk", "vdi", "vhdx", "vpc"]
+Digest = Annotated[str, Field(pattern=r"^[0-9a-fA-F]{64}$", description="SHA-256, 64 hex digits")]
+
+
+class BuildRequest(Model):
+    """Build an image from a recipe."""
+
+    recipe: ImageName = Field(description="Name of a recipe in recipes/")
+    name: ImageName | None = Field(default=None, description="The recipe's own name by default")
+    replace: bool = Field(default=False, description="Build anew where an image of this name exists")
+
+
+class ImportRequest(Model):
+    """Take a copy of a disk image file on the host. The file itself is not changed."""
+
+    path: str = Field(max_length=4096, pattern=r"^/[^\x00]*$")
+    name: ImageName
+    format: ImportFormat | None = Field(default=None, description="Told from the file's header when absent")
+
+
+class PullRequest(Model):
+    """Download a disk image and check its digest before anything reads it."""
+
+    url: str = Field(max_length=4096, pattern=r"^https?://[^\s\x00-\x1f]+$")
+    sha256: Digest
+    name: ImageName
+    format: ImportFormat | None = None
+
+
+class Image(Model):
+    """An image as it lies in the pool. Recorded once its bytes are whole and verified, never before."""
+
+    id: str
+    name: ImageName
+    kind: Literal["disk", "kernel"] = Field(
+        description="disk: boots by its own loader; kernel: booted directly"
+    )
+    files: dict[str, str] = Field(description="Role (disk, kernel, initrd) → file name in the image's folder")
+    format: str = Field(description="Format of the disk file, recorded here and never probed again")
+    cmdline: str = Field(default="", description="Kernel command line where kind is kernel")
+    virtual_size: int = Field(description="Bytes the guest sees; 0 where there is no disk")
+    stored_size: int = Field(description="Bytes allocated on the host")
+    digests: dict[str, str] = Field(description="File name → BLAKE3 of its bytes")
+    user: str = Field(default="", description="Login user the image is made for")
+    agent: bool = Field(default=False, description="Carries the guest agent")
+    cloud_init: bool = Field(default=False, description="Reads a NoCloud seed")
+    source: dict[str, Any] = Field(
+        description="How it was made: recipe and inputs, or file or URL and digest"
+    )
+    created: str

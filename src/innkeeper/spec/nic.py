@@ -1,0 +1,54 @@
+"""A network card of a VM. The backbone knows user-mode networking; bridges and NAT come with `network/`."""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from typing import Literal
+
+from pydantic import Field, field_validator
+
+from innkeeper.spec.quantity import Model
+
+
+class PortForward(Model):
+    """A host port that leads into the guest: `--publish 8080:80`."""
+
+    host: int = Field(ge=1, le=65535, description="Port on the host")
+    guest: int = Field(ge=1, le=65535, description="Port in the guest")
+    protocol: Literal["tcp", "udp"] = "tcp"
+    address: str = Field(default="127.0.0.1", description="Host address that listens; 0.0.0.0 for all")
+
+    @field_validator("address")
+    @classmethod
+    def _an_address(cls, value: str) -> str:
+        try:
+            return str(ipaddress.IPv4Address(value))
+        except ValueError:
+            raise ValueError(f"{value!r} is not an IPv4 address") from None
+
+
+_MAC = re.compile(r"[0-9a-f]{2}(:[0-9a-f]{2}){5}")
+
+
+class NicSpec(Model):
+    """One network card."""
+
+    mode: Literal["user", "none"] = Field(
+        default="user", description="user: QEMU's own NAT, needs no privilege; none: cable not plugged in"
+    )
+    model: Literal["virtio", "e1000e"] = "virtio"
+    mac: str | None = Field(default=None, description="Made from the VM's id when absent")
+    publish: tuple[PortForward, ...] = ()
+
+    @field_validator("mac")
+    @classmethod
+    def _a_unicast_mac(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        mac = value.lower().replace("-", ":")
+        if not _MAC.fullmatch(mac):
+            raise ValueError(f"{value!r} is not a MAC address like 52:54:00:12:34:56")
+        if int(mac[:2], 16) & 1:
+            raise ValueError(f"{value!r} is a multicast address; the first byte of a card's MAC is even")
+        return mac

@@ -1,0 +1,37 @@
+"""Sizes and names as field types: written by people, kept as numbers."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from innkeeper.base.errors import InvalidInput
+from innkeeper.base.ids import IMAGE_NAME_PATTERN, NAME_PATTERN
+from innkeeper.base.units import MIB, TIB, parse_size
+
+
+def _size(value: object) -> int:
+    if not isinstance(value, (str, int)) or isinstance(value, bool):
+        raise ValueError("a size is a number of bytes or text like 512M, 2G")
+    try:
+        return parse_size(value)
+    except InvalidInput as error:
+        raise ValueError(f"{error.detail}; {error.hint}" if error.hint else error.detail) from None
+
+
+Name = Annotated[str, Field(pattern=NAME_PATTERN, max_length=63, examples=["web-1"])]
+ImageName = Annotated[str, Field(pattern=IMAGE_NAME_PATTERN, max_length=63, examples=["debian-12"])]
+
+MemorySize = Annotated[
+    int, BeforeValidator(_size, json_schema_input_type=int | str), Field(ge=16 * MIB, le=16 * TIB)
+]
+DiskSize = Annotated[
+    int, BeforeValidator(_size, json_schema_input_type=int | str), Field(ge=MIB, le=64 * TIB)
+]
+
+
+class Model(BaseModel):
+    """Base of all specs: immutable, and a misspelt field is an error instead of silence."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
