@@ -39,8 +39,8 @@ class Innkeeper:
     >>> vm.exec(["hostname"]).stdout
     b'web\\n'
 
-    `path` is the socket's, by default the one `find_socket` finds. `when_unreachable` is called with the error when nobody
-    answers; if it returns, the request is tried once more (so `inn` starts its daemon).
+    `path` is the socket's, by default the one `find_socket` finds. `when_unreachable` is called with the error when
+    nobody answers; if it returns, the request is tried once more (so `inn` starts its daemon).
     """
 
     def __init__(

@@ -12,13 +12,16 @@ import json
 import os
 import socket
 from collections.abc import Iterable, Iterator
-from types import TracebackType
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import quote
 
 from innkeeper.base.errors import InvalidInput
 from innkeeper.client.errors import ApiError, DaemonUnreachable, SocketForbidden
+
+if TYPE_CHECKING:
+    from io import BufferedReader
 
 BLOCK = 256 * 1024
 """Bytes read or sent at a time."""
@@ -34,7 +37,7 @@ class Response:
 
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
-        self._file = connection.makefile("rb", BLOCK)
+        self._file = cast("BufferedReader", connection.makefile("rb", BLOCK))
         self.headers: dict[str, str] = {}
         self.status = self._read_head()
         length = self.headers.get("content-length")
@@ -139,7 +142,7 @@ def request(
 
     `document` is sent as JSON; `body` as it is: bytes, or blocks of which `length` gives the sum if it is known.
     `timeout` counts seconds of silence, None for a stream that may be silent. Raises `ApiError` for an answer of
-    400 and above, `DaemonUnreachable` where nobody answers, `SocketForbidden` where this user may not ask.
+    400 and above, `DaemonUnreachable` where the connection ends or falls silent.
     """
     kind = "application/octet-stream"
     if document is not None:
