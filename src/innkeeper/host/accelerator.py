@@ -4,11 +4,12 @@
 
 **CPU models.** A saved state must be loadable on the same host later, so the model is pinned in the plan:
 
-- Under KVM it is `host`: everything the CPU has, at native speed. It stays the same as long as the host does.
-- Under TCG it is a *versioned, named* model of which this QEMU emulates every feature (`QemuFacts.tcg_cpu`, found
-  by asking QMP for `unavailable-features`). `max` is not used: it means "all that this QEMU build can emulate", so
-  each QEMU upgrade changes it and a saved state would not load, and it has five-level paging (LA57), which makes
-  every emulated page walk longer.
+- Under KVM it is `host`: everything the CPU has, at native speed; the same as long as the host is. Where KVM runs
+  64-bit code and yet refuses `host`, it is the named model below.
+- Under TCG it is a *versioned, named* model of which this QEMU emulates every feature (`QemuFacts.tcg_cpu`,
+  found by asking QMP for `unavailable-features`). `max` is not used: it means "all that this QEMU build can
+  emulate", so every QEMU upgrade changes it and a saved state would not load; and it has five-level paging
+  (LA57), which makes every emulated page walk longer.
 """
 
 from __future__ import annotations

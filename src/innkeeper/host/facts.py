@@ -1,7 +1,6 @@
 """Facts about this host as one frozen, JSON-able value.
 
-Sizes are bytes. What changes while the host runs (memory, hugepages, KSM) is fresh at each `gather`; what does not
-change within a boot is read once per process.
+Sizes are bytes. `host/gather.py` fills it in; here are only shapes, so that `plan/` stays pure.
 """
 
 from __future__ import annotations
@@ -86,8 +85,8 @@ class Uefi(Fact):
 
 
 class Firmware(Fact):
-    bios: str = ""
-    """SeaBIOS as QEMU finds it by itself: nothing to pass. Empty where the file is missing."""
+    bios: str | None = None
+    """SeaBIOS. For information: QEMU finds it by itself, so nothing is to pass."""
     uefi: Uefi | None = None
 
 
@@ -121,16 +120,18 @@ class HostFacts(Fact):
     arch: str
     os: str
     virtualized_by: str | None
-    """The hypervisor under this host (`KVM`, `VMware`, …; `unknown` where it hides), or None on bare metal."""
+    """The hypervisor under this host (`KVM`, `VMware`; `unknown` where it hides), or None on bare metal."""
     root: bool
     """The daemon is root."""
     cpu: Cpu
     memory: Memory
     cgroup: Cgroup
     uid_range: tuple[int, int] | None
-    """(first, count) of the unprivileged uids that VMs run as, one each; None when QEMU runs as the daemon's user."""
+    """(first, count) of the unprivileged uids (gid = uid) that VMs run as, one each; None when QEMU runs as the
+    daemon's user."""
     kvm_group: int | None
-    """The gid that must be among QEMU's supplementary groups to open /dev/kvm; None where none is needed or helps."""
+    """The gid that QEMU needs among its supplementary groups to open /dev/kvm; None where none is needed or none
+    helps."""
     kernel_features: Kernel
     tools: dict[str, str | None]
     """Program name to path, None where it is not installed."""
