@@ -1,0 +1,194 @@
+"""Debian packages into a root: mmdebstrap with the host's own mirror, and its output as progress.
+
+The mirror is whatever the host's apt uses for Debian's main archive, asked from apt itself, so one-line and deb822
+sources are the same to us, and proxies and credentials of the host's apt configuration apply.
+"""
+
+from __future__ import annotations
+
+import re
+import urllib.parse
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import get_args
+
+from innkeeper.base.errors import ToolFailed, ToolMissing, Unsupported
+from innkeeper.spec.recipe import Recipe, Suite
+from innkeeper.storage.cage import Limits, run_tool
+
+Report = Callable[[float | None, str], None]
+
+SUITES: tuple[str, ...] = get_args(Suite)
+KEYRINGS = Path("/usr/share/keyrings")
+LIMITS = Limits(seconds=3600)
+INDEX_FORMAT = "$(REPO_URI)|$(RELEASE)|$(COMPONENT)|$(ORIGIN)|$(CREATED_BY)"
+
+
+def sources(index_targets: str, suite: str) -> list[str]:
+    """One-line sources (sources.list(5)) for `suite` from what `apt-get indextargets` says of the host (lines in
+    `INDEX_FORMAT`), with the host's suite exchanged.
+
+    Debian's main archive is what apt knows to be of origin Debian; before the host's first `apt-get update` apt knows
+    no origin, and then it is a mirror of a Debian suite whose path ends in `debian` or `debian-security`.
+    Raises `Unsupported` when the host has no such source.
+    """
+    found: dict[str, str] = {}
+    for line in index_targets.splitlines():
+        uri, release, component, origin, created_by = (*line.split("|"), "", "", "", "")[:5]
+        codename, _, pocket = release.partition("-")
+        known = origin and not origin.startswith("$(")
+        named = urllib.parse.urlsplit(uri).path.rstrip("/").rpartition("/")[2] in ("debian", "debian-security")
+        if created_by != "Packages" or component != "main" or not (origin == "Debian" if known else named):
+            continue
+        if pocket in ("", "updates", "security") and re.fullmatch(r"[a-z]+", codename):
+            found.setdefault(pocket, f"deb {uri} {suite}{'-' if pocket else ''}{pocket} main")
+    if "" not in found:
+        raise Unsupported(
+            "the host's apt has no source for Debian's main archive, so there is nothing to build from",
+            hint="add one under /etc/apt/sources.list.d and run apt-get update",
+        )
+    return [found[pocket] for pocket in ("", "updates", "security") if pocket in found]
+
+
+def keyring(suite: str, folder: Path = KEYRINGS) -> Path:
+    """The host's keyring that can verify `suite`, or `Unsupported`."""
+    ring = next((r for r in sorted(folder.glob("debian-archive-keyring.[gp][pg][gp]"))), None)
+    if ring is None:
+        raise ToolMissing(
+            f"the keys of Debian's archive are not in {folder}",
+            hint="apt install debian-archive-keyring",
+            package="debian-archive-keyring",
+        )
+    if not any(folder.glob(f"debian-archive-{suite}-*")):
+        raise Unsupported(
+            f"the host's debian-archive-keyring does not know Debian {suite}",
+            hint="apt install --only-upgrade debian-archive-keyring",
+        )
+    return ring
+
+
+class Progress:
+    """mmdebstrap's and apt's output → fraction, text and package versions.
+
+    Two apt runs (essential packages, then the rest) each say how many packages they will install, then print a line
+    as each is downloaded, unpacked and set up. A run has the share of the whole that `shares` gives it.
+    """
+
+    def __init__(self, report: Report, shares: Sequence[float], steps: int) -> None:
+        self.packages: dict[str, str] = {}
+        self._report, self._shares, self._steps = report, shares, steps
+        self._run, self._total, self._done = -1, 0, 0
+
+    def line(self, line: str) -> None:
+        if match := re.search(r"(\d+) newly installed", line):
+            self._run = min(self._run + 1, len(self._shares) - 1)
+            self._total, self._done = int(match[1]) * self._steps, 0
+        elif match := re.match(r"Get:\d+ \S+ \S+ \S+ (\S+) (?:\S+ )?(\S+) \[(.+)\]", line):
+            if self._run < 0:
+                self._report(None, "reading the package lists")
+            else:
+                self._step(f"downloading {match[1]}")
+        elif match := re.match(r"Unpacking (\S+?)(?::\w+)? \(", line):
+            self._step(f"unpacking {match[1]}")
+        elif match := re.match(r"Setting up (\S+?)(?::\w+)? \((.+)\)", line):
+            self.packages[match[1]] = match[2]
+            self._step(f"setting up {match[1]}")
+        elif line.startswith("I: extracting"):
+            self._report(self.fraction, "extracting packages")
+        elif line.startswith("I: running --customize-hook"):
+            self._report(sum(self._shares), "configuring the system")
+        for name, version in re.findall(r"/archives/([a-z0-9][a-z0-9+.-]*)_([^_/\s]+)_\w+\.deb", line):
+            self.packages.setdefault(name, urllib.parse.unquote(version))
+
+    @property
+    def fraction(self) -> float:
+        before = sum(self._shares[: max(self._run, 0)])
+        if self._run < 0 or not self._total:
+            return before
+        return before + self._shares[self._run] * min(1.0, self._done / self._total)
+
+    def _step(self, text: str) -> None:
+        self._done += 1
+        self._report(self.fraction, text)
+
+
+async def unpack(recipe: Recipe, target: Path, *, workspace: Path, job: str, report: Report) -> dict[str, str]:
+    """Extract the recipe's packages, and what they depend on, into the folder `target`: nothing is run, no root is
+    needed. Returns their versions."""
+    progress = Progress(report, [1.0], steps=1)
+    await _mmdebstrap(
+        recipe,
+        ["--variant=extract", "--mode=chrootless", "--format=directory"],
+        str(target),
+        progress=progress,
+        workspace=workspace,
+        job=job,
+    )
+    return dict(sorted(progress.packages.items()))
+
+
+async def install(
+    recipe: Recipe, hooks: Sequence[str], *, workspace: Path, job: str, report: Report, pass_fds: Sequence[int] = ()
+) -> dict[str, str]:
+    """Install the recipe's packages into a root that exists only until the `hooks` (shell commands; `$1` is the root)
+    have run. Returns the packages' versions."""
+    progress = Progress(report, [0.3, 0.65], steps=3)
+    await _mmdebstrap(
+        recipe,
+        ["--variant=minbase", "--format=null", *(f"--customize-hook={hook}" for hook in hooks)],
+        "-",
+        progress=progress,
+        workspace=workspace,
+        job=job,
+        pass_fds=pass_fds,
+    )
+    return dict(sorted(progress.packages.items()))
+
+
+async def _mmdebstrap(
+    recipe: Recipe,
+    options: Sequence[str],
+    target: str,
+    *,
+    progress: Progress,
+    workspace: Path,
+    job: str,
+    pass_fds: Sequence[int] = (),
+) -> None:
+    ring = keyring(recipe.suite)
+    targets = await run_tool(["apt-get", "indextargets", "--format", INDEX_FORMAT], limits=Limits(seconds=60), job=job)
+    temporary = workspace / "tmp"
+    temporary.mkdir(mode=0o755)
+    await run_tool(
+        [
+            *await _own_mounts(job),
+            "mmdebstrap",
+            "--verbose",
+            *options,
+            f"--keyring={ring}",
+            f"--architectures={recipe.architecture}",
+            '--aptopt=APT::Install-Recommends "false"',
+            f"--include={','.join([recipe.kernel, *recipe.packages])}",
+            recipe.suite,
+            target,
+            *sources(targets, recipe.suite),
+        ],
+        limits=LIMITS,
+        cwd=workspace,
+        env={"HOME": str(workspace), "TMPDIR": str(temporary), "DEBIAN_FRONTEND": "noninteractive"},
+        on_line=progress.line,
+        job=job,
+        pass_fds=pass_fds,
+        no_new_privs=False,
+    )
+
+
+async def _own_mounts(job: str) -> list[str]:
+    """A prefix that gives mmdebstrap its own mounts and processes, which vanish with it however it ends: as root it
+    mounts /proc, /sys and /dev in the root it makes. Nothing where that is not allowed; there it cannot mount either."""
+    prefix = ["unshare", "--mount", "--propagation=private", "--pid", "--fork", "--kill-child", "--mount-proc"]
+    with suppress(ToolFailed):
+        await run_tool([*prefix, "true"], limits=Limits(seconds=30), job=job)
+        return prefix
+    return []
