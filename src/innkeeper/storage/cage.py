@@ -108,6 +108,7 @@ async def run_tool(
     job: str = "",
     home: str = "",
     pass_fds: Collection[int] = (),
+    ok_status: Collection[int] = (0,),
     no_new_privs: bool = True,
 ) -> str:
     """Run a host program and return its stdout (the last MiB of it, undecodable bytes replaced).
@@ -117,9 +118,10 @@ async def run_tool(
     - `on_line` gets each line of stdout and stderr as it comes; '\\r' ends a line too (`qemu-img -p`).
     - `job` and `home` mark the processes for `sweep`.
     - `pass_fds` are kept open in the program, under the same numbers.
+    - `ok_status`: exit statuses that are no failure.
     - `no_new_privs=False` is for programs that need setuid programs (mmdebstrap as a plain user: newuidmap).
 
-    Raises `ToolMissing`, `ToolFailed` (exit status other than 0, or a signal) and `ToolTimeout`. When it
+    Raises `ToolMissing`, `ToolFailed` (another exit status, or a signal) and `ToolTimeout`. When it
     raises, or is cancelled, the program and its descendants are dead.
     """
     run = token_hex(8)
@@ -150,7 +152,7 @@ async def run_tool(
     tails = (_Tail(on_line), _Tail(on_line))
     on_time = await _attend(process, tails, limits.seconds, run, program)
     out, err = tails
-    if on_time and process.returncode == 0:
+    if on_time and process.returncode in ok_status:
         return out.text()
     last = "\n".join((err.text().strip() or out.text().strip()).splitlines()[-20:])[-4000:]
     facts = {"program": program, "output": last}
