@@ -135,7 +135,8 @@ async def _ask(binary: Path) -> QemuFacts:
                 await client.connect(ours)
                 return await _facts(binary, client)
             except (QMPError, EOFError) as error:
-                process.kill()
+                with suppress(ProcessLookupError):
+                    process.kill()
                 assert process.stderr
                 said = (await process.stderr.read()).decode(errors="replace").strip()
                 raise QemuFailed(f"{binary} does not answer: {said or error}") from error

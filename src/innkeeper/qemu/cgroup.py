@@ -149,7 +149,7 @@ def _place_v2(parent: str, group: str, pid: int, limits: Limits) -> list[str]:
     if limits.memory:
         wanted["memory.max"] = str(limits.memory)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        _make(folder)
         for above in (unified.own, folder.parent):
             for name in {file.partition(".")[0] for file in wanted}:
                 with suppress(OSError):  # what is not handed down shows below, as a missing file
@@ -189,7 +189,7 @@ def _place_v1(parent: str, group: str, pid: int, limits: Limits) -> list[str]:
             continue
         folder = hierarchy.own / parent / group
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            _make(folder)
             for name in names:
                 for file, value in wanted.pop(name).items():
                     _write(folder / file, value)
@@ -198,6 +198,14 @@ def _place_v1(parent: str, group: str, pid: int, limits: Limits) -> list[str]:
             problems.append(f"{folder}: {error.strerror}")
     problems += [f"controller {name} is not there" for name in wanted if wanted[name]]
     return problems
+
+
+def _make(folder: Path) -> None:
+    for _ in range(10):
+        # another VM's removal may take the parent away between the two steps
+        with suppress(FileNotFoundError):
+            return folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
 
 
 def _write(path: Path, text: str) -> None:

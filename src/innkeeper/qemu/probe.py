@@ -154,13 +154,15 @@ async def run_guest(
     deadline: float = DEADLINE,
     account: Account | None = None,
     open_as_root: bool = False,
+    code: bytes | None = None,
 ) -> Outcome:
     """Run the probe guest once, for `deadline` seconds at most.
 
     `account` is whom QEMU runs as. With `open_as_root` it starts as root and becomes that account once it has
-    opened /dev/kvm, before the guest runs. The ROM is in memory: no file is left behind, whatever happens.
+    opened /dev/kvm, before the guest runs. `code` is the end of the 64 KiB ROM, probe.bin by
+    default. The ROM is in memory: no file is left behind, whatever happens.
     """
-    code = (Path(__file__).parent / "probe.bin").read_bytes()
+    code = (Path(__file__).parent / "probe.bin").read_bytes() if code is None else code
     rom = os.memfd_create("probe-rom")
     try:
         os.write(rom, bytes(ROM_SIZE - len(code)) + code)
