@@ -96,14 +96,19 @@ class Operation:
 
     def wait(self, on_progress: Progress | None = None) -> Operation:
         """Block until it has ended. Raises `ApiError` with its reason when it failed or was cancelled."""
+        self.wait_quietly(on_progress)
+        if error := self.error:
+            raise error
+        return self
+
+    def wait_quietly(self, on_progress: Progress | None = None) -> Operation:
+        """Block until it has ended, however it ended."""
         if on_progress:
             on_progress(self)
         while not self.ended:
             self.poll(POLL)
             if on_progress:
                 on_progress(self)
-        if error := self.error:
-            raise error
         return self
 
     def cancel(self) -> Operation:

@@ -1,0 +1,103 @@
+"""`inn launch`."""
+
+from __future__ import annotations
+
+import sys
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from innkeeper.cli import identity, terminal
+from innkeeper.cli.execute import environment
+from innkeeper.cli.keys import public_keys
+from innkeeper.cli.names import friendly_name
+from innkeeper.cli.parser import usage_error
+from innkeeper.cli.progress import conclude
+from innkeeper.cli.vms import forward
+from innkeeper.client import ApiError, Innkeeper, Operation, vm_spec
+
+TRIES = 5
+"""Friendly names to try before giving up."""
+
+
+def launch(inn: Innkeeper, args: Namespace) -> int:
+    """Make the spec, begin, follow, and say how to get in."""
+    if not args.image and not args.iso:
+        raise usage_error(args, "name an image to start from, or a disc with --iso (images: inn image ls)")
+    if args.iso and not Path(args.iso).is_file():
+        raise usage_error(args, f"--iso {args.iso}: there is no such file")
+    keys, private = _keys(inn, args)
+    options: dict[str, Any] = {
+        "image": args.image,
+        "cpus": args.cpus,
+        "memory": args.memory,
+        "disk": args.disk,
+        "firmware": args.firmware,
+        "iso": args.iso,
+        "publish": args.publish or (),
+        "nic": args.nic,
+        "user": args.user,
+        "ssh_keys": keys,
+        "user_data": _text(args, "user_data"),
+        "network_config": _text(args, "network_config"),
+        "ignition": _text(args, "ignition"),
+        "env": environment(args, args.env or ()),
+        "note": args.note,
+    }
+    operation = _begin(inn, args, options)
+    if args.ssh_key and private:
+        identity.remember(inn.vm(operation.target).info["id"], private)
+    return conclude(args, operation, lambda done: _said(inn, done))
+
+
+def _begin(inn: Innkeeper, args: Namespace, options: dict[str, Any]) -> Operation:
+    for attempt in range(TRIES):
+        spec = vm_spec(args.name or friendly_name(), **options)
+        try:
+            return inn.create(spec, start=not args.no_start, force=args.force)
+        except ApiError as error:
+            if args.name or error.code != "name-taken" or attempt == TRIES - 1:
+                raise
+    raise AssertionError("unreachable")
+
+
+def _keys(inn: Innkeeper, args: Namespace) -> tuple[list[str], list[Path]]:
+    """The keys asked for; by default the person's where the image would read them."""
+    if args.ssh_key:
+        return public_keys(args.ssh_key)
+    if not args.image or args.ignition or not inn.image(args.image).get("cloud_init"):
+        return [], []
+    return public_keys(None)
+
+
+def _text(args: Namespace, option: str) -> str | None:
+    """The text of the file that an option names; `-` is stdin."""
+    name = getattr(args, option)
+    if name is None:
+        return None
+    try:
+        return sys.stdin.read() if name == "-" else Path(name).expanduser().read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise usage_error(args, f"{name} is not UTF-8 text") from None
+
+
+def _said(inn: Innkeeper, operation: Operation) -> str:
+    """What there is now, and how to get in."""
+    vm = inn.vm(operation.target).info
+    name = vm["name"]
+    rows: list[tuple[str, Any]] = [
+        ("VM", [(name, "bold"), " is ", terminal.state(vm["state"])]),
+        ("Ports", " ".join(forward(one) for one in vm.get("forwards") or ())),
+    ]
+    ways = []
+    if vm["state"] == "stopped":
+        ways.append(f"inn start {name}")
+    elif any(one["guest"] == 22 for one in vm.get("forwards") or ()) and vm.get("user"):
+        ways.append(f"inn ssh {name}")
+    elif vm.get("agent"):
+        ways.append(f"inn exec {name} -- COMMAND")
+    ways += [f"inn console {name}", f"inn logs {name}"] if vm["state"] != "stopped" else []
+    rows.append(("Enter" if vm["state"] != "stopped" else "Start", ways[0]))
+    if ways[1:]:
+        rows.append(("Look", ", ".join(ways[1:])))
+    return terminal.page([(label, value) for label, value in rows if value])

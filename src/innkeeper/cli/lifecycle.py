@@ -1,0 +1,45 @@
+"""`inn start`, `stop`, `restart`, `pause`, `resume`, `rm`: each on one VM or several."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+
+from innkeeper.base.units import parse_duration
+from innkeeper.cli.progress import conclude_all
+from innkeeper.client import Innkeeper
+
+
+def _act(inn: Innkeeper, args: Namespace, action: str, said: str) -> int:
+    timeout = getattr(args, "timeout", None)
+    seconds = parse_duration(timeout) if timeout else None
+    force = bool(getattr(args, "force", False))
+    return conclude_all(
+        args,
+        args.vms,
+        lambda name: inn.vm(name).act(action, force=force, timeout=seconds),
+        lambda operation: f"{operation.target} {said}",
+    )
+
+
+def start(inn: Innkeeper, args: Namespace) -> int:
+    return _act(inn, args, "start", "is running")
+
+
+def stop(inn: Innkeeper, args: Namespace) -> int:
+    return _act(inn, args, "stop", "is stopped")
+
+
+def restart(inn: Innkeeper, args: Namespace) -> int:
+    return _act(inn, args, "restart", "is running again")
+
+
+def pause(inn: Innkeeper, args: Namespace) -> int:
+    return _act(inn, args, "pause", "is paused")
+
+
+def resume(inn: Innkeeper, args: Namespace) -> int:
+    return _act(inn, args, "resume", "is running")
+
+
+def remove(inn: Innkeeper, args: Namespace) -> int:
+    return _act(inn, args, "delete", "is removed")

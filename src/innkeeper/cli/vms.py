@@ -1,0 +1,154 @@
+"""`inn ls`, `inn info`."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from typing import Any
+
+from innkeeper.base.clock import age
+from innkeeper.base.units import format_age, format_size
+from innkeeper.cli import terminal
+from innkeeper.cli.terminal import Cell
+from innkeeper.client import Innkeeper
+
+
+def ls(inn: Innkeeper, args: Namespace) -> int:
+    documents = inn.vms()
+    if args.output == "json":
+        terminal.emit_json(documents)
+    elif args.output == "name":
+        for document in documents:
+            terminal.say(document["name"])
+    elif documents:
+        heads = ("NAME", "STATE", "IMAGE", "CPUS", "MEMORY", "PORTS", "SINCE", "NOTE")
+        terminal.say(terminal.table(heads, [_row(document) for document in documents]))
+    else:
+        terminal.note("no VMs yet; make one: inn launch debian-12")
+    return 0
+
+
+def _row(vm: dict[str, Any]) -> tuple[Cell, ...]:
+    return (
+        (vm["name"], "bold"),
+        terminal.state(vm["state"]),
+        vm.get("image") or "",
+        str(vm["cpus"]),
+        format_size(vm["memory"]),
+        ports(vm),
+        (format_age(age(vm["since"])), "dim") if vm.get("since") else "",
+        remark(vm),
+    )
+
+
+def remark(vm: dict[str, Any]) -> Cell:
+    """Why it is in this state, or what is being done to it."""
+    if vm.get("operation"):
+        return (str(vm["operation"]["kind"]), "cyan")
+    if vm.get("reason"):
+        return (str(vm["reason"]), "red" if vm["state"] in ("paused", "crashed") else "dim")
+    if vm["state"] == "running" and not vm.get("ready", True):
+        return ("booting", "dim")
+    return ""
+
+
+def ports(vm: dict[str, Any]) -> str:
+    """`2222→22 53→53/udp`, an address only where it is not the loopback."""
+    return " ".join(forward(one) for one in vm.get("forwards") or ())
+
+
+def forward(one: dict[str, Any]) -> str:
+    address = one.get("address") or "127.0.0.1"
+    host = f"{one['host']}" if address == "127.0.0.1" else f"{address}:{one['host']}"
+    return f"{host}→{one['guest']}" + ("/udp" if one.get("protocol") == "udp" else "")
+
+
+def info(inn: Innkeeper, args: Namespace) -> int:
+    vm = inn.vm(args.vm).info
+    if args.output == "json":
+        terminal.emit_json(vm)
+    else:
+        terminal.say(terminal.page(_page(vm)))
+    return 0
+
+
+def _page(vm: dict[str, Any]) -> list[tuple[str, Any]]:
+    spec = vm.get("spec") or {}
+    since = format_age(age(vm["since"])) if vm.get("since") else ""
+    state: list[Cell] = [
+        (vm["name"], "bold"),
+        "  ",
+        ("● ", terminal.state(vm["state"])[1]),
+        terminal.state(vm["state"]),
+    ]
+    if since:
+        state.append((f" for {since}", "dim"))
+    if vm["state"] == "running":
+        state.append(("" if vm.get("ready") else ", booting", "dim"))
+    rows: list[tuple[str, Any]] = [("VM", state)]
+    if vm.get("reason"):
+        rows.append(("", remark(vm | {"operation": None})))
+    if operation := vm.get("operation"):
+        rows.append(("Operation", [(operation["kind"], "cyan"), (f"  inn op show {operation['id']} -f", "dim")]))
+    if spec.get("note"):
+        rows.append(("Note", spec["note"]))
+    machine = vm.get("machine") or {}
+    kind = {"kvm": "KVM", "tcg": "software emulation (TCG)"}.get(str(machine.get("accelerator")), "")
+    rows += [
+        ("Image", vm.get("image") or "none: installed from a disc"),
+        ("Size", f"{vm['cpus']} vCPU, {format_size(vm['memory'])} RAM, {spec.get('firmware', 'bios').upper()}"),
+        ("Machine", " · ".join(filter(None, (machine.get("type"), machine.get("cpu"), kind)))),
+    ]
+    rows += _disks(vm)
+    rows += _network(vm, spec)
+    rows += [
+        ("ISO", spec.get("iso") or ""),
+        ("Agent", "answers" if vm.get("agent") else ""),
+        ("Process", f"pid {vm['pid']}" if vm.get("pid") else ""),
+        ("Id", (f"{vm['id']}, made {format_age(age(vm['created']))} ago", "dim") if vm.get("created") else vm["id"]),
+    ]
+    rows += _actions(vm)
+    return [(label, value) for label, value in rows if value]
+
+
+def _disks(vm: dict[str, Any]) -> list[tuple[str, Any]]:
+    disks = vm.get("disks") or []
+    lines: list[tuple[str, Any]] = []
+    for index, disk in enumerate(disks):
+        size, stored = disk.get("virtual_size") or 0, disk.get("stored_size") or 0
+        used = terminal.bar([(stored / size, "blue")], 16) if size else []
+        text = f" {format_size(stored)} of {format_size(size)} stored  "
+        lines.append(("" if index else "Disks", [*used, text, (str(disk.get("name", "")), "dim")]))
+    return lines
+
+
+def _network(vm: dict[str, Any], spec: dict[str, Any]) -> list[tuple[str, Any]]:
+    lines: list[tuple[str, Any]] = []
+    for index, nic in enumerate(spec.get("nics") or ()):
+        mode = {"user": "user-mode NAT", "none": "cable not plugged in"}.get(nic.get("mode", ""), nic.get("mode", ""))
+        parts = (mode, nic.get("model"), nic.get("mac"))
+        lines.append(("" if index else "Network", " · ".join(str(part) for part in parts if part)))
+    for index, one in enumerate(vm.get("forwards") or ()):
+        address, protocol = one.get("address") or "127.0.0.1", one.get("protocol") or "tcp"
+        purpose = "  inn ssh " + vm["name"] if one["guest"] == 22 and protocol == "tcp" else ""
+        lines.append(
+            (
+                "" if index else "Ports",
+                [f"{address}:{one['host']}", (" → ", "dim"), f"{one['guest']}/{protocol}", (purpose, "dim")],
+            )
+        )
+    return lines
+
+
+def _actions(vm: dict[str, Any]) -> list[tuple[str, Any]]:
+    actions = vm.get("allowed_actions") or {}
+    can = [name for name, answer in actions.items() if answer.get("allowed")]
+    rows: list[tuple[str, Any]] = [("Can", ", ".join(can))]
+    label = "Cannot"
+    reasons: dict[str, list[str]] = {}
+    for name, answer in actions.items():
+        if not answer.get("allowed"):
+            reasons.setdefault(str(answer.get("reason") or ""), []).append(name)
+    for reason, names in reasons.items():
+        rows.append((label, (", ".join(names) + (f": {reason}" if reason else ""), "dim")))
+        label = ""
+    return rows
