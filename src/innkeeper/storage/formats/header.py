@@ -55,7 +55,7 @@ class Reader:
 
     def peek(self, offset: int, count: int) -> bytes:
         """As `read`, of what there is: shorter, or empty, where the file ends."""
-        offset = max(0, offset)
+        offset = min(max(0, offset), self.size)
         return self.read(offset, max(0, min(count, self.size - offset)), "image")
 
     def check_inside(self, offset: int, count: int, what: str) -> None:
