@@ -469,7 +469,7 @@ def test_vhd_dynamic_header_lies(image: Callable[..., Path], patch: tuple[int, b
 
 def test_vhd_of_virtualbox_keeps_its_end(image: Callable[..., Path]) -> None:
     """QEMU by itself would take the geometry; our parser takes the size."""
-    path = image("exact.vhd", (28, b"vbox"))
+    path = image("exact.vhd", (28, b"vbox"), (56, u16(300) + b"\4\x11"))
     data = path.read_bytes()
     path.write_bytes(vhd_sum(data[:512], 64) + data[512:])
     assert inspect(path).virtual_size == SIZE

@@ -244,7 +244,7 @@ async def _run_convert(
             on_line=on_line,
         )
     except ToolFailed as error:
-        too_large = str(error.facts.get("signal", "")).startswith("SIGXFSZ")
+        too_large = "File too large" in error.detail or "SIGXFSZ" in error.detail
         if "No space left" in error.detail or (too_large and room < whole):
             raise _pool_full(folder, f"no room for the image ({format_size(size)} at most)", room) from error
         if too_large:
