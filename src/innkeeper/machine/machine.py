@@ -1,0 +1,283 @@
+"""The owner of one live QEMU: one task that turns its events into the VM's state."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from innkeeper.base.clock import now
+from innkeeper.base.errors import AgentUnavailable, NotFound, QmpFailed, StoreFailed
+from innkeeper.base.home import Home
+from innkeeper.machine.reaction import NO_SPACE, Reaction, Status, react
+from innkeeper.qemu import cgroup
+from innkeeper.qemu.agent import Agent
+from innkeeper.qemu.monitor import Monitor
+from innkeeper.qemu.process import Process
+from innkeeper.store.contract import Store, Value, update
+from innkeeper.store.events import EventLog
+
+log = structlog.get_logger()
+
+SOCKETS = ("qmp.sock", "agent.sock", "serial.sock")
+STATS_EVERY = 10
+"""Seconds between two balloon statistics that the guest sends."""
+
+
+class Machine:
+    """Owns the QEMU of one VM from its spawn or adoption to its end. Only this task writes the VM's live state."""
+
+    def __init__(self, vm_id: str, name: str, home: Home, store: Store, events: EventLog, process: Process) -> None:
+        self.id, self.name = vm_id, name
+        self.process = process
+        self.status = Status()
+        self.disc = False
+        self._home, self._store, self._events = home, store, events
+        self._monitor: Monitor | None = None
+        self._agent: Agent | None = None
+        self._agent_lock = asyncio.Lock()
+        self._changed = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+        self._quiet = False
+        self.over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    @property
+    def folder(self) -> Path:
+        return self._home.vm(self.id)
+
+    @property
+    def monitor(self) -> Monitor:
+        """The QMP connection; `QmpFailed` when there is none."""
+        if self._monitor is None:
+            raise QmpFailed(f"{self.name} has no QMP connection")
+        return self._monitor
+
+    # --- beginning ---
+
+    async def attach(self, uuid: str, *, disc: bool, seconds: float = 10.0) -> None:
+        """Connect to the QEMU, make sure that it is this VM's, read its state and begin to own it.
+
+        Raises `QmpFailed`; a QEMU that ends in between makes that known at once.
+        """
+        connecting = asyncio.ensure_future(Monitor.connect(self.folder, seconds))
+        waiting: set[asyncio.Future[Any]] = {connecting, self.process.ended}
+        await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        if not connecting.done():
+            connecting.cancel()
+            raise QmpFailed(f"{self.process.ended.result()} before it answered")
+        monitor = connecting.result()
+        answered = (await monitor.execute("query-uuid"))["UUID"]
+        if answered != uuid:
+            await monitor.close()
+            raise QmpFailed(f"the QEMU in {self.folder} is another machine's ({answered})")
+        self._monitor = monitor
+        self.disc = disc
+        await self._read_state()
+        self._task = asyncio.create_task(self._own(), name=f"machine {self.name}")
+
+    def own_without_monitor(self) -> None:
+        """Own a QEMU that does not answer: its end will be seen, and it can be killed."""
+        self._task = asyncio.create_task(self._own(), name=f"machine {self.name}")
+
+    async def _read_state(self) -> None:
+        found = (await self.monitor.execute("query-status"))["status"]
+        ports = await self.monitor.execute("query-chardev")
+        agent = any(port["label"] == "agent" and port["frontend-open"] for port in ports)
+        state, reason, ending = {
+            "running": ("running", "", ""),
+            "paused": ("paused", "", ""),
+            "io-error": ("paused", NO_SPACE, ""),
+            "guest-panicked": ("paused", "the guest's kernel panicked", ""),
+            "shutdown": ("stopping", "", "the guest shut down"),
+        }.get(found, ("starting", "", ""))
+        self.status = Status(state=state, reason=reason, ending=ending, agent=agent)  # type: ignore[arg-type]
+        if state != "starting":
+            await self._save()
+        if ending:
+            await self._effects(react(Status(), "SHUTDOWN", {"reason": "guest-shutdown"}, disc=False))
+
+    # --- the owner ---
+
+    async def _own(self) -> None:
+        try:
+            if self._monitor is not None:
+                async for event in self._monitor.events():
+                    with suppress(QmpFailed):
+                        await self._effects(react(self.status, event["event"], event.get("data", {}), disc=self.disc))
+            await asyncio.shield(self.process.ended)  # the connection ends a moment before the process does
+        finally:
+            if self.process.ended.done():
+                await self._end()
+            else:
+                await self._close()
+
+    async def _effects(self, reaction: Reaction) -> None:
+        changed = (self.status.state, self.status.reason) != (reaction.status.state, reaction.status.reason)
+        if self.status.agent and not reaction.status.agent:
+            await self._drop_agent()
+        self.status = reaction.status
+        self._changed.set()
+        self._changed = asyncio.Event()
+        if changed:
+            await self._save()
+        for news in reaction.news:
+            await self._tell(news.kind, news.text, news.level)
+        for effect in reaction.effects:
+            if effect == "quit":
+                with suppress(QmpFailed):
+                    await self.monitor.execute("quit")
+            elif effect == "eject-and-reset":
+                await self._eject()
+                await self.monitor.execute("system_reset")
+                await self.monitor.execute("cont")
+
+    async def _eject(self) -> None:
+        """Take the disc out for good: now, and for every later start."""
+        await self.monitor.execute("eject", {"id": "cd0", "force": True})
+        await self.monitor.execute("set-action", {"reboot": "reset"})
+        self.disc = False
+        with suppress(NotFound, StoreFailed):
+            await update(self._store, f"vm/{self.id}", lambda vm: vm | {"disc": False})
+
+    async def _end(self) -> None:
+        how = self.process.ended.result()
+        await self._close()
+        if not self._quiet:
+            await self.clean()
+            if self.status.ending:
+                self.status = Status(state="stopping", reason=self.status.ending)
+                await self._save(final="stopped")
+                await self._tell("vm.stopped", f"stopped: {self.status.reason}")
+            else:
+                self.status = Status(state="stopping", reason=how)
+                await self._save(final="crashed")
+                await self._tell("vm.crashed", f"crashed: {how}", "error")
+        if not self.over.done():
+            self.over.set_result(None)
+        self._changed.set()
+
+    async def clean(self) -> None:
+        """Remove what a QEMU leaves behind on the host."""
+        for name in SOCKETS:
+            (self.folder / name).unlink(missing_ok=True)
+        await cgroup.remove(self._home, self.id)
+
+    async def _close(self) -> None:
+        await self._drop_agent()
+        if self._monitor is not None:
+            await self._monitor.close()
+
+    async def _save(self, final: str | None = None) -> None:
+        """Record the state. A store that cannot be written never harms the guest: it is tried until it works."""
+        state, reason = final or self.status.state, self.status.reason
+        stamp = now()
+
+        def change(vm: Value) -> Value | None:
+            if vm["state"] == "deleting" or (vm["state"], vm["reason"]) == (state, reason):
+                return None
+            return vm | {"state": state, "reason": reason, "since": stamp}
+
+        while True:
+            try:
+                with suppress(NotFound):
+                    await update(self._store, f"vm/{self.id}", change)
+                    if final:
+                        await self._store.transact({f"live/{self.id}": None})
+                return
+            except StoreFailed as error:
+                log.error("the state of a VM cannot be recorded; trying again", vm=self.name, error=str(error))
+                await asyncio.sleep(1)
+
+    async def _tell(self, kind: str, text: str, level: Any = "info") -> None:
+        target = {"kind": "vm", "id": self.id, "name": self.name}
+        await self._events.append(kind, f"{self.name} {text}", target=target, level=level)
+
+    # --- what operations ask of it ---
+
+    async def run(self) -> None:
+        """Let the vCPUs go."""
+        with suppress(QmpFailed):
+            path = "/machine/peripheral/balloon0"
+            await self.monitor.execute(
+                "qom-set", {"path": path, "property": "guest-stats-polling-interval", "value": STATS_EVERY}
+            )
+        if self.disc:  # hold the guest at its restart, so that the disc is out before the firmware looks for it
+            await self.monitor.execute("set-action", {"reboot": "shutdown"})
+        await self.monitor.execute("cont")
+
+    async def pause(self) -> None:
+        """Stop the vCPUs."""
+        await self.monitor.execute("stop")
+
+    async def power_down(self) -> None:
+        """Ask the guest to shut down, by ACPI and, where the agent listens, by the agent."""
+        await self.monitor.execute("system_powerdown")
+        if self.status.agent:
+            with suppress(Exception):
+                async with self.agent() as agent:
+                    await agent.shutdown("powerdown")
+
+    async def quit(self) -> None:
+        """End QEMU now, as pulling the plug would; its image files are flushed and closed."""
+        try:
+            await self.monitor.execute("quit", seconds=10)
+            async with asyncio.timeout(20):
+                await asyncio.shield(self.over)
+        except (QmpFailed, TimeoutError):
+            self.status = Status(state="stopping", ending="killed, since it did not end by itself")
+            self.process.kill()
+            await asyncio.shield(self.over)
+
+    async def discard(self) -> None:
+        """Kill a QEMU that never ran its guest, without a word: the operation that made it starts or undoes it."""
+        self._quiet = True
+        await self.process.end()
+        if self._task is not None:
+            await asyncio.wait({self._task})
+        await self.clean()
+
+    async def release(self) -> None:
+        """The daemon leaves; QEMU goes on."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait({self._task})
+        await self._close()
+
+    async def changed(self) -> None:
+        """Wait for the next change of `status`, or the end."""
+        await self._changed.wait()
+
+    @asynccontextmanager
+    async def agent(self) -> AsyncIterator[Agent]:
+        """The connection to the guest agent, made at first use and shared. Raises `AgentUnavailable`."""
+        if not self.status.agent:
+            raise AgentUnavailable(f"the guest agent of {self.name} does not answer: the guest has not opened its port")
+        async with self._agent_lock:
+            if self._agent is None:
+                agent = Agent(self.folder, "agent.sock")
+                await agent.connect()
+                self._agent = agent
+        try:
+            yield self._agent
+        except AgentUnavailable:
+            await self._drop_agent()  # the next user connects anew
+            raise
+
+    async def _drop_agent(self) -> None:
+        agent, self._agent = self._agent, None
+        if agent is not None:
+            with suppress(Exception):
+                await agent.close()
+
+    async def screenshot(self) -> bytes:
+        """The screen as PNG."""
+        await self.monitor.execute("screendump", {"filename": "screen.png", "format": "png"})
+        path = self.folder / "screen.png"
+        try:
+            return path.read_bytes()
+        finally:
+            path.unlink(missing_ok=True)

@@ -1,0 +1,175 @@
+"""All live machines of this host: start, adopt, look after."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from contextlib import suppress
+
+import structlog
+
+from innkeeper.base.clock import now
+from innkeeper.base.errors import InnkeeperError, QemuFailed, QmpFailed
+from innkeeper.base.home import Home
+from innkeeper.base.units import MIB
+from innkeeper.machine.machine import Machine
+from innkeeper.machine.reaction import NO_SPACE
+from innkeeper.machine.serial_log import bound
+from innkeeper.plan.options import Plan
+from innkeeper.qemu import cgroup
+from innkeeper.qemu.process import Pid, Process, find, last_words, spawn
+from innkeeper.store.contract import Store, Value, update
+from innkeeper.store.events import EventLog
+
+log = structlog.get_logger()
+
+ROOM_EVERY = 1.0
+"""Seconds between two looks whether a full pool has room again; looked only while a guest waits for it."""
+LOGS_EVERY = 30.0
+"""Seconds between two looks at the size of the serial logs."""
+
+
+class Machines:
+    """The live machines, by VM id."""
+
+    def __init__(self, home: Home, store: Store, events: EventLog) -> None:
+        self._home, self._store, self._events = home, store, events
+        self._live: dict[str, Machine] = {}
+        self._care: list[asyncio.Task[None]] = []
+
+    def get(self, vm_id: str) -> Machine | None:
+        """The live machine of a VM, None when no QEMU runs for it."""
+        machine = self._live.get(vm_id)
+        return None if machine is None or machine.over.done() else machine
+
+    def live(self) -> list[Machine]:
+        """All of them."""
+        return [machine for machine in self._live.values() if not machine.over.done()]
+
+    async def start(self, vm: Value, plan: Plan) -> Machine:
+        """Spawn QEMU by the plan, stopped before its first instruction. Nothing is left of it when this fails.
+
+        Raises `QemuFailed` with what QEMU wrote to stderr.
+        """
+        vm_id, folder = vm["id"], self._home.vm(vm["id"])
+        await self.discard(vm_id)
+        for name in ("qmp.sock", "agent.sock", "serial.sock", "qemu.log"):
+            (folder / name).unlink(missing_ok=True)
+        process = spawn(plan, self._home, vm_id)
+        machine = self._new(vm_id, vm["name"], process)
+        try:
+            pid = process.pid
+            live = {"pid": pid.number, "started": pid.started, "argv": plan.argv(), "since": now()}
+            await self._store.transact({f"live/{vm_id}": live})
+            await machine.attach(vm["identity"]["uuid"], disc=bool(plan.fdsets))
+            if unconfined := await cgroup.place(self._home, vm_id, pid.number):
+                log.warning("a VM has no cgroup of its own", vm=vm["name"], reason=unconfined)
+        except BaseException as error:
+            words = last_words(folder)
+            await asyncio.shield(machine.discard())
+            self._live.pop(vm_id, None)
+            await asyncio.shield(self._store.transact({f"live/{vm_id}": None}))
+            if isinstance(error, QmpFailed):
+                raise QemuFailed(f"QEMU did not start: {error.detail}\n{words}", stderr=words) from None
+            raise
+        return machine
+
+    async def discard(self, vm_id: str) -> None:
+        """Kill whatever QEMU there is of a VM that is not running its guest: also one that no record knows."""
+        machine = self._live.pop(vm_id, None)
+        if machine is not None and not machine.over.done():
+            await machine.discard()
+        for pid, owner in find(self._home).items():
+            if owner == vm_id:
+                with suppress(ProcessLookupError):
+                    await Process(pid).end()
+        await self._store.transact({f"live/{vm_id}": None})
+
+    async def adopt(self) -> None:
+        """After a start of the daemon: own what runs, note what has ended, kill what no VM claims."""
+        running = find(self._home)
+        records = {d.value["id"]: d.value for d in await self._store.list("vm/")}
+        for document in await self._store.list("live/"):
+            vm_id, live = document.key.removeprefix("live/"), document.value
+            vm = records.get(vm_id)
+            pid = Pid(live["pid"], live["started"])
+            if vm is not None and running.pop(pid, None) == vm_id:
+                await self._adopt_one(vm, pid)
+            else:
+                await self._missing(vm_id, vm)
+        for pid, vm_id in running.items():
+            log.warning("killing a QEMU that no record claims", pid=pid.number, vm=vm_id)
+            with suppress(ProcessLookupError):
+                await Process(pid).end()
+        for vm_id in await cgroup.list_ours(self._home):
+            if vm_id not in self._live:
+                await cgroup.remove(self._home, vm_id)
+
+    async def _adopt_one(self, vm: Value, pid: Pid) -> None:
+        try:
+            machine = self._new(vm["id"], vm["name"], Process(pid))
+        except ProcessLookupError:
+            await self._missing(vm["id"], vm)
+            return
+        try:
+            await machine.attach(vm["identity"]["uuid"], disc=vm["disc"])
+        except InnkeeperError as error:
+            # It lives and does not answer: never called stopped, and not killed either; `inn stop --force` can.
+            log.error("a QEMU does not answer", vm=vm["name"], error=str(error))
+            machine.own_without_monitor()
+
+    async def _missing(self, vm_id: str, vm: Value | None) -> None:
+        await self._store.transact({f"live/{vm_id}": None})
+        if vm is None or vm["operation"] or vm["state"] in ("stopped", "deleting", "creating"):
+            return  # an operation that goes on sees to it
+        reason = "QEMU ended while no daemon was looking"
+        stamp = now()
+        await update(self._store, f"vm/{vm_id}", lambda v: v | {"state": "crashed", "reason": reason, "since": stamp})
+        target = {"kind": "vm", "id": vm_id, "name": vm["name"]}
+        await self._events.append("vm.crashed", f"{vm['name']} crashed: {reason}", target=target, level="error")
+
+    def _new(self, vm_id: str, name: str, process: Process) -> Machine:
+        machine = self._live[vm_id] = Machine(vm_id, name, self._home, self._store, self._events, process)
+        machine.over.add_done_callback(
+            lambda _: self._live.pop(vm_id, None) if self._live.get(vm_id) is machine else None
+        )
+        return machine
+
+    # --- looking after them ---
+
+    def begin_care(self) -> None:
+        """Resume guests when a full pool has room, keep serial logs bounded."""
+        self._care = [
+            asyncio.create_task(self._resume_when_there_is_room()),
+            asyncio.create_task(self._bound_logs()),
+        ]
+
+    async def release(self) -> None:
+        """The daemon leaves; the guests go on."""
+        for task in self._care:
+            task.cancel()
+        for machine in self.live():
+            await machine.release()
+
+    async def _resume_when_there_is_room(self) -> None:
+        while True:
+            waiting = [m for m in self.live() if m.status.reason == NO_SPACE]
+            if waiting and self._has_room():
+                for machine in waiting:
+                    with suppress(QmpFailed):
+                        await machine.run()
+                        target = {"kind": "vm", "id": machine.id, "name": machine.name}
+                        text = f"{machine.name}: the pool has room again, so it goes on"
+                        await self._events.append("vm.room", text, target=target)
+            await asyncio.sleep(ROOM_EVERY)
+
+    def _has_room(self) -> bool:
+        room = os.statvfs(self._home.vms)
+        return room.f_bavail * room.f_frsize >= min(256 * MIB, room.f_blocks * room.f_frsize // 20)
+
+    async def _bound_logs(self) -> None:
+        while True:
+            for machine in self.live():
+                with suppress(OSError):
+                    bound(machine.folder / "serial.log")
+            await asyncio.sleep(LOGS_EVERY)

@@ -1,0 +1,345 @@
+"""Runs operations: named steps with `do` and `undo`, journalled in the store before they run."""
+
+from __future__ import annotations
+
+import asyncio
+import builtins
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from time import monotonic
+from typing import Any
+
+import structlog
+
+from innkeeper.base.clock import now
+from innkeeper.base.errors import ActionRefused, Cancelled, Conflict, InnkeeperError, MachineBusy, NotFound, StoreFailed
+from innkeeper.base.ids import new_id
+from innkeeper.operations.fault import Fault
+from innkeeper.operations.world import World
+from innkeeper.store.contract import Value
+
+log = structlog.get_logger()
+
+PROGRESS_EVERY = 0.4
+"""Seconds between two progress reports that reach the store."""
+KEPT = 500
+"""Ended operations kept."""
+
+Action = Callable[["Context"], Awaitable[None]]
+
+
+async def _nothing(ctx: Context) -> None:
+    """Undo of a step that leaves nothing behind."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step. `do` and `undo` must tolerate being run twice, and `undo` a `do` that stopped half-way."""
+
+    name: str
+    do: Action
+    undo: Action = _nothing
+    keep: bool = False
+
+
+@dataclass(frozen=True)
+class Verb:
+    """An operation's kind, its steps in order, and whether a person may cancel it."""
+
+    kind: str
+    steps: tuple[Step, ...]
+    cancellable: bool = True
+
+
+@dataclass
+class Context:
+    """What a step sees. `data` is journalled after each step, and by `save` in the middle of one."""
+
+    world: World
+    operation: str
+    target: dict[str, Any]
+    args: dict[str, Any]
+    data: dict[str, Any]
+    result: dict[str, Any]
+    save: Callable[[], Awaitable[None]]
+    report: Callable[[float | None, str], None]
+    """Progress of this step: a fraction of 0..1 or None, and a few words."""
+    finishing: list[Callable[[], Awaitable[None]]] = field(default_factory=list)
+
+
+class Engine:
+    """Submits, runs, cancels and recovers operations of the given verbs."""
+
+    def __init__(self, world: World, verbs: Mapping[str, Verb], fault: Fault | None = None) -> None:
+        self._world = world
+        self._store = world.store
+        self._verbs = verbs
+        self._fault = fault or Fault()
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._cancelled: set[str] = set()
+
+    # --- what the API calls ---
+
+    async def submit(self, kind: str, target: dict[str, Any], args: dict[str, Any], hold: str | None = None) -> Value:
+        """Journal a new operation and start it. `hold` is the key of a document that it keeps for itself: its
+        `operation` field is set, and cleared when the operation ends. Raises `MachineBusy` when another has it."""
+        verb = self._verbs[kind]
+        operation_id = new_id()
+        operation: Value = {
+            "id": operation_id, "kind": kind, "target": target, "args": args, "hold": hold, "state": "running",
+            "steps": [step.name for step in verb.steps], "index": 0, "data": {}, "result": {},
+            "progress": {"fraction": None, "text": ""}, "error": None, "cancel_requested": False,
+            "created": now(), "updated": now(), "ended": None,
+        }  # fmt: skip
+        writes: dict[str, Value | None] = {_key(operation_id): operation}
+        checks = {_key(operation_id): 0}
+        if hold:
+            held = await self._store.get(hold)
+            if held is None:
+                raise NotFound(f"{target['kind']} {target['name']!r} is gone")
+            if other := held.value.get("operation"):
+                raise busy(target["name"], other)
+            writes[hold] = held.value | {"operation": {"id": operation_id, "kind": kind}}
+            checks[hold] = held.revision
+        try:
+            await self._store.transact(writes, checks)
+        except Conflict:
+            return await self.submit(kind, target, args, hold)
+        self._start(operation_id)
+        return await self.get(operation_id)
+
+    async def nothing(self, kind: str, target: dict[str, Any], why: str) -> Value:
+        """An operation that had nothing to do: not journalled, ended already."""
+        stamp = now()
+        return {
+            "id": "none", "revision": self._store.revision, "kind": kind, "target": target, "state": "done",
+            "steps": [], "step": "", "progress": {"fraction": 1.0, "text": why}, "error": None, "result": {},
+            "cancel_requested": False, "created": stamp, "updated": stamp, "ended": stamp,
+        }  # fmt: skip
+
+    async def give_way(self, operation: str) -> None:
+        """Have an operation out of the way of a forced one: cancelled where that is possible, awaited to its end."""
+        with suppress(ActionRefused):
+            await self.cancel(operation)
+        while not (view := await self.get(operation))["ended"]:
+            await self.wait(operation, view["revision"], 30)
+
+    async def get(self, operation: str) -> Value:
+        """The operation as the API shows it. Raises `NotFound`."""
+        document = await self._store.get(_key(operation))
+        if document is None:
+            raise NotFound(f"there is no operation {operation!r}", hint="inn op ls shows the recent ones")
+        return _view(document.value, document.revision)
+
+    async def list(self) -> list[Value]:
+        """All operations, newest first."""
+        documents = await self._store.list("operation/")
+        return sorted((_view(d.value, d.revision) for d in documents), key=lambda o: str(o["created"]), reverse=True)
+
+    async def wait(self, operation: str, after: int, seconds: float) -> Value:
+        """The operation as soon as its revision is above `after` or it has ended; as it is after `seconds`."""
+        revision = self._store.revision
+        view = await self.get(operation)
+        if view["revision"] > after or view["ended"]:
+            return view
+        try:
+            async with asyncio.timeout(seconds):
+                async for _ in self._store.watch(_key(operation), revision):
+                    break
+        except (TimeoutError, Conflict):
+            pass
+        return await self.get(operation)
+
+    async def cancel(self, operation: str) -> Value:
+        """Ask for an end: the step at hand is interrupted and what was done is undone."""
+        view = await self.get(operation)
+        if view["ended"]:
+            raise ActionRefused(f"operation {operation} has ended already ({view['state']})")
+        if not self._verbs[view["kind"]].cancellable:
+            raise ActionRefused(f"{view['kind']} cannot be undone half-way, so it cannot be cancelled")
+        task = self._tasks.get(operation)
+        if task is not None and view["state"] == "running" and operation not in self._cancelled:
+            self._cancelled.add(operation)
+            await self._change(operation, {"cancel_requested": True})
+            task.cancel()
+        return await self.get(operation)
+
+    # --- the daemon's life ---
+
+    async def recover(self) -> builtins.list[str]:
+        """Go on with what a daemon before this one left. Returns the ids."""
+        left = [d.value["id"] for d in await self._store.list("operation/") if not d.value["ended"]]
+        for operation in left:
+            self._start(operation)
+        return left
+
+    async def stop(self) -> None:
+        """Interrupt what runs, without undoing: the next daemon goes on with it."""
+        tasks, self._tasks = list(self._tasks.values()), {}
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    # --- running ---
+
+    def _start(self, operation: str) -> None:
+        task = asyncio.create_task(self._run(operation), name=f"operation {operation}")
+        self._tasks[operation] = task
+        task.add_done_callback(lambda _: self._tasks.pop(operation, None))
+
+    async def _run(self, operation: str) -> None:
+        document = await self._store.get(_key(operation))
+        assert document is not None
+        journal = document.value
+        verb = self._verbs[journal["kind"]]
+        ctx = self._context(journal)
+        error = journal["error"]
+        index = journal["index"]
+        try:
+            if journal["state"] == "running" and not journal["cancel_requested"]:
+                while index < len(verb.steps):
+                    await self._do(ctx, verb, index)
+                    index += 1
+                await self._end(ctx, "done", None)
+                return
+            error = error or Cancelled("cancelled").document()
+        except asyncio.CancelledError:
+            if operation not in self._cancelled:
+                raise  # the daemon is leaving
+            error = Cancelled(f"{verb.kind} of {ctx.target['name']} was cancelled").document()
+        except Exception as failure:
+            error = _problem(failure)
+            if index < len(verb.steps) and verb.steps[index].keep:
+                await self._end(ctx, "failed", error)
+                return
+        if document.value["state"] == "running":
+            await self._persist(ctx, {"state": "undoing", "error": error})
+        for step in reversed(verb.steps[: index + 1]):
+            try:
+                await self._fault(verb.kind, step.name, "undo")
+                await step.undo(ctx)
+            except Exception:
+                log.exception("undo failed", operation=operation, step=step.name)
+        await self._end(ctx, "cancelled" if error["code"] == "cancelled" else "failed", error)
+
+    async def _do(self, ctx: Context, verb: Verb, index: int) -> None:
+        step = verb.steps[index]
+        progress = {"fraction": None, "text": ""}
+        await self._change(ctx.operation, {"index": index, "data": ctx.data, "progress": progress})
+        again = await self._fault(verb.kind, step.name, "before")
+        await step.do(ctx)
+        if again:
+            await step.do(ctx)
+        await self._fault(verb.kind, step.name, "after")
+
+    def _context(self, journal: Value) -> Context:
+        operation = journal["id"]
+        last = 0.0
+        pending: set[asyncio.Task[None]] = set()
+
+        def report(fraction: float | None, text: str) -> None:
+            nonlocal last
+            if monotonic() - last < PROGRESS_EVERY:
+                return
+            last = monotonic()
+            task = asyncio.ensure_future(
+                self._try_change(operation, {"progress": {"fraction": fraction, "text": text}})
+            )
+            pending.add(task)
+            task.add_done_callback(pending.discard)
+
+        async def save() -> None:
+            await self._change(
+                operation, {"data": ctx.data, "target": ctx.target, "hold": ctx.data.get("hold", journal["hold"])}
+            )
+
+        ctx = Context(
+            self._world, operation, dict(journal["target"]), journal["args"], dict(journal["data"]),
+            dict(journal["result"]), save, report,
+        )  # fmt: skip
+        return ctx
+
+    async def _end(self, ctx: Context, state: str, error: Value | None) -> None:
+        await self._persist(ctx, {"state": state, "error": error, "ended": now()}, release=True)
+        self._cancelled.discard(ctx.operation)
+        kind = (await self.get(ctx.operation))["kind"]
+        if error and state == "failed":
+            await self._world.events.append(
+                "operation.failed", f"{kind} of {ctx.target['name']} failed: {error['detail']}",
+                target=ctx.target, level="error", operation=ctx.operation,
+            )  # fmt: skip
+        for action in ctx.finishing:
+            await action()
+        await self._forget_old()
+
+    async def _persist(self, ctx: Context, fields: Value, release: bool = False) -> None:
+        """Write the journal, waiting for the store as long as it takes: an end must not be lost."""
+        fields = fields | {"data": ctx.data, "target": ctx.target, "result": ctx.result}
+        while True:
+            try:
+                await self._change(ctx.operation, fields, release)
+                return
+            except StoreFailed as error:
+                log.error("the journal cannot be written; trying again", error=str(error))
+                await asyncio.sleep(1)
+
+    async def _try_change(self, operation: str, fields: Value) -> None:
+        try:
+            await self._change(operation, fields)
+        except InnkeeperError as error:
+            log.warning("progress not recorded", error=str(error))
+
+    async def _change(self, operation: str, fields: Value, release: bool = False) -> None:
+        while True:
+            document = await self._store.get(_key(operation))
+            assert document is not None
+            if document.value["ended"]:
+                return  # a progress report that came late
+            new = document.value | fields | {"updated": now()}
+            writes: dict[str, Value | None] = {document.key: new}
+            checks = {document.key: document.revision}
+            if release and (hold := new["hold"]):
+                held = await self._store.get(hold)
+                if held is not None and (held.value.get("operation") or {}).get("id") == operation:
+                    writes[hold] = held.value | {"operation": None}
+                    checks[hold] = held.revision
+            try:
+                await self._store.transact(writes, checks)
+                return
+            except Conflict:
+                continue
+
+    async def _forget_old(self) -> None:
+        ended = [o for o in await self.list() if o["ended"]]
+        if len(ended) > KEPT + 50:
+            await self._store.transact({_key(o["id"]): None for o in ended[KEPT:]})
+
+
+def busy(name: str, operation: Mapping[str, Any]) -> MachineBusy:
+    """The refusal that names the operation."""
+    return MachineBusy(
+        f"{name} is busy: {operation['kind']} ({operation['id']}) is under way",
+        hint=f"inn op show {operation['id']} tells how far it is, inn op cancel {operation['id']} stops it",
+        operation=operation["id"],
+    )
+
+
+def _key(operation: str) -> str:
+    return f"operation/{operation}"
+
+
+def _view(journal: Value, revision: int) -> Value:
+    hidden = ("args", "data", "index", "hold")
+    steps = journal["steps"]
+    return {k: v for k, v in journal.items() if k not in hidden} | {
+        "revision": revision,
+        "step": steps[min(journal["index"], len(steps) - 1)],
+    }
+
+
+def _problem(failure: Exception) -> Value:
+    if isinstance(failure, InnkeeperError):
+        return failure.document()
+    log.error("a step failed in a way nobody foresaw", exc_info=failure)
+    return InnkeeperError(f"{type(failure).__name__}: {failure}", hint="this is a bug: see the daemon's log").document()

@@ -1,0 +1,35 @@
+"""All operations there are. The fault harness, the API and the docs are built from this table."""
+
+from __future__ import annotations
+
+from innkeeper.operations import (
+    image_make,
+    vm_create,
+    vm_delete,
+    vm_launch,
+    vm_pause,
+    vm_restart,
+    vm_start,
+    vm_stop,
+    vm_update,
+)
+from innkeeper.operations.engine import Verb
+
+VERBS: dict[str, Verb] = {
+    verb.kind: verb
+    for verb in (
+        image_make.BUILD,
+        image_make.IMPORT,
+        image_make.PULL,
+        image_make.DELETE,
+        vm_create.VERB,
+        vm_launch.VERB,
+        vm_start.VERB,
+        vm_stop.VERB,
+        vm_restart.VERB,
+        vm_pause.PAUSE,
+        vm_pause.RESUME,
+        vm_update.VERB,
+        vm_delete.VERB,
+    )
+}

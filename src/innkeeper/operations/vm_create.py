@@ -1,0 +1,234 @@
+"""Make a VM: claim its name, number and ports; make its disks and seed; record it as stopped."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from typing import Any
+
+from innkeeper.base.clock import now
+from innkeeper.base.errors import Conflict, InvalidInput, NameTaken, PoolFull, PortTaken, Unsupported
+from innkeeper.base.ids import new_id
+from innkeeper.base.units import format_size
+from innkeeper.host.ports import is_free, who_listens
+from innkeeper.operations.engine import Context, Step, Verb, busy
+from innkeeper.plan.identity import SSH_PORT_BASE, assign
+from innkeeper.plan.record import vm_record
+from innkeeper.plan.seed import HostKey, compose
+from innkeeper.spec.vm import VMSpec
+from innkeeper.storage.formats.qcow2 import write_empty, write_overlay
+from innkeeper.storage.hostkeys import make_host_key
+from innkeeper.storage.seed import write_seed
+from innkeeper.store.contract import Value, update
+
+NEW_DISK = 1024 * 1024
+"""Bytes that a thin disk, its seed and its firmware variables need at least."""
+
+
+async def claim(ctx: Context) -> None:
+    """Record the VM as `creating`, with everything that must be its own, in one transaction."""
+    world, spec = ctx.world, VMSpec.model_validate(ctx.args["spec"])
+    if "vm" not in ctx.data:
+        ctx.data["vm"] = new_id()
+        ctx.data["hold"] = f"vm/{ctx.data['vm']}"
+        ctx.target["id"] = ctx.data["vm"]
+        await ctx.save()
+    if await world.store.get(f"vm/{ctx.data['vm']}"):
+        return  # claimed before the daemon died
+    host = await world.host_with_qemu()
+    if spec.firmware == "uefi" and host.firmware.uefi is None:
+        raise Unsupported("this host has no UEFI firmware for guests", hint="apt install ovmf")
+    while True:
+        writes, checks = await _claims(ctx, spec)
+        slot = next(int(key.removeprefix("slot/")) for key in writes if key.startswith("slot/"))
+        ssh_port = next((int(k.rpartition("/")[2]) for k, v in writes.items() if v and v.get("ssh")), None)
+        identity = assign(ctx.data["vm"], slot, spec, host, ssh_port)
+        image = await world.find("image", spec.image) if spec.image else None
+        if image and (operation := image["operation"]):
+            raise busy(f"image {image['name']}", operation)
+        record = vm_record(spec, identity, {"id": image["id"], "name": image["name"]} if image else None, now())
+        writes[f"vm/{identity.id}"] = record | {"operation": {"id": ctx.operation, "kind": ctx.args["kind"]}}
+        writes[f"secret/vm/{identity.id}"] = {
+            "first_boot": ctx.args["spec"]["first_boot"],
+            "host_key": vars(make_host_key(spec.name)),
+        }
+        if image:
+            document = await world.store.get(f"image/{image['id']}")
+            checks[f"image/{image['id']}"] = document.revision if document else 0
+        try:
+            await world.store.transact(writes, checks)
+            return
+        except Conflict as conflict:
+            if not str(conflict.facts["key"]).startswith(("slot/", "image/", "port/")):
+                raise _taken(spec) from None
+
+
+async def _claims(ctx: Context, spec: VMSpec) -> tuple[dict[str, Value | None], dict[str, int]]:
+    """Keys that must not exist yet: name, slot, ports."""
+    store, owner = ctx.world.store, {"id": ctx.data["vm"], "name": spec.name}
+    if await store.get(f"name/vm/{spec.name}"):
+        raise _taken(spec)
+    writes: dict[str, Value | None] = {f"name/vm/{spec.name}": owner}
+    used = {int(document.key.removeprefix("slot/")) for document in await store.list("slot/")}
+    slot = next(number for number in range(1, len(used) + 2) if number not in used)
+    writes[f"slot/{slot}"] = owner
+    for forward in (forward for nic in spec.nics for forward in nic.publish):
+        key = f"port/{forward.protocol}/{forward.host}"
+        if holder := await store.get(key):
+            raise PortTaken(
+                f"host port {forward.host}/{forward.protocol} is published by {holder.value['name']}",
+                hint="choose another host port", port=forward.host, holder=holder.value["name"],
+            )  # fmt: skip
+        if not is_free(forward.host, forward.protocol, forward.address):
+            holder_name = who_listens(forward.host, forward.protocol, forward.address) or "another program"
+            raise PortTaken(
+                f"host port {forward.host}/{forward.protocol} is in use by {holder_name}",
+                hint="choose another host port, or stop that program", port=forward.host, holder=holder_name,
+            )  # fmt: skip
+        writes[key] = owner
+    if spec.nics and spec.nics[0].mode == "user":
+        port = SSH_PORT_BASE + slot
+        while (
+            f"port/tcp/{port}" in writes or await store.get(f"port/tcp/{port}") or not is_free(port, "tcp", "127.0.0.1")
+        ):
+            port += 1
+        writes[f"port/tcp/{port}"] = owner | {"ssh": True}
+    return writes, dict.fromkeys(writes, 0)
+
+
+def _taken(spec: VMSpec) -> NameTaken:
+    return NameTaken(f"there is a VM named {spec.name!r} already", hint="choose another --name", name=spec.name)
+
+
+async def unclaim(ctx: Context) -> None:
+    """Forget the VM and give back what it had claimed."""
+    await forget(ctx, ctx.data.get("vm"))
+
+
+async def forget(ctx: Context, vm_id: str | None) -> None:
+    """Delete every document of a VM, in one transaction."""
+    if not vm_id:
+        return
+    store = ctx.world.store
+    owned = [
+        document.key
+        for prefix in ("name/vm/", "slot/", "port/")
+        for document in await store.list(prefix)
+        if document.value["id"] == vm_id
+    ]
+    keys = [*owned, f"vm/{vm_id}", f"live/{vm_id}", f"secret/vm/{vm_id}"]
+    await store.transact(dict.fromkeys(keys))
+
+
+async def make_files(ctx: Context) -> None:
+    """The VM's folder: disks, seed, Ignition; all owned by the VM's user."""
+    world = ctx.world
+    vm = await world.find("vm", ctx.data["vm"])
+    spec = VMSpec.model_validate(vm["spec"])
+    check_room(ctx, NEW_DISK * max(1, len(spec.disks)))
+    folder = world.home.vm(vm["id"])
+    if folder.exists():
+        shutil.rmtree(folder)  # half-made by a daemon that died
+    folder.mkdir(mode=0o700, parents=True)
+    image = await world.find("image", vm["image"]["id"]) if vm["image"] else None
+    for index, disk in enumerate(spec.disks):
+        target = folder / f"disk{index}.qcow2"
+        if index == 0 and image and image["kind"] == "disk":
+            size = disk.size or image["virtual_size"]
+            if size < image["virtual_size"]:
+                raise InvalidInput(
+                    f"disk 0 of {format_size(size)} is smaller than image {image['name']}",
+                    hint=f"give it at least {format_size(image['virtual_size'])}", field="disks.0.size",
+                )  # fmt: skip
+            write_overlay(target, world.home.image(image["id"]) / image["files"]["disk"], "qcow2", size)
+        elif disk.size is None:
+            raise InvalidInput(f"disk {index} has no size, and image {vm['image']['name']} has no disk to take it from")
+        else:
+            write_empty(target, disk.size)
+    await _first_boot(ctx, vm, image)
+    if (uid := vm["identity"]["uid"]) is not None:
+        for path in (*folder.iterdir(), folder):
+            os.chown(path, uid, uid)
+
+
+async def _first_boot(ctx: Context, vm: Value, image: Value | None) -> None:
+    world = ctx.world
+    folder = world.home.vm(vm["id"])
+    document = await world.store.get(f"secret/vm/{vm['id']}")
+    assert document is not None
+    secret = document.value["first_boot"]
+    if secret["ignition"]:
+        path = folder / "ignition.json"
+        path.touch(0o600)
+        path.write_text(secret["ignition"])
+    if image is None and not secret["user_data"]:
+        return  # nobody will look for a seed on a machine that is being installed
+    macs = vm["identity"]["macs"]
+    files = compose(
+        instance_id=f"i-{vm['id']}",
+        hostname=vm["name"],
+        user=secret["user"],
+        ssh_keys=secret["ssh_keys"],
+        host_key=HostKey(**document.value["host_key"]),
+        user_data=secret["user_data"],
+        vendor_data=None,
+        network_config=secret["network_config"],
+        env=secret["env"],
+        mac=macs[0] if macs else None,
+    )
+    write_seed(files, folder / "seed.iso")
+    await update(world.store, f"vm/{vm['id']}", lambda v: v | {"seed": True})
+
+
+def check_room(ctx: Context, needed: int) -> None:
+    """Raise `PoolFull` where the pool has not `needed` bytes."""
+    pool = ctx.world.home.pool
+    free = shutil.disk_usage(pool).free
+    if free < needed:
+        raise PoolFull(f"the pool at {pool} has {format_size(free)} free and this needs {format_size(needed)}")
+
+
+async def remove_files(ctx: Context) -> None:
+    """Undo of `make_files`."""
+    if "vm" in ctx.data:
+        discard_folder(ctx, ctx.data["vm"])
+
+
+def discard_folder(ctx: Context, vm_id: str) -> None:
+    """Take a VM's folder away: renamed first, so that a half-deleted one is never taken for a VM."""
+    folder, trash = ctx.world.home.vm(vm_id), ctx.world.home.workspace(ctx.operation)
+    if folder.exists():
+        trash.parent.mkdir(parents=True, exist_ok=True)
+        if trash.exists():
+            shutil.rmtree(trash)
+        folder.rename(trash)
+    if trash.exists():
+        shutil.rmtree(trash)
+
+
+async def settle(ctx: Context) -> None:
+    """The VM is whole: it may be started from now on."""
+    stamp = now()
+
+    def change(vm: Value) -> Value | None:
+        return vm | {"state": "stopped", "since": stamp} if vm["state"] == "creating" else None
+
+    vm = await update(ctx.world.store, f"vm/{ctx.data['vm']}", change)
+    ctx.result["vm"] = vm["name"]
+    target = {"kind": "vm", "id": vm["id"], "name": vm["name"]}
+    if not ctx.data.get("told"):
+        ctx.data["told"] = True
+        await ctx.world.events.append("vm.created", f"{vm['name']} was created", target=target)
+
+
+STEPS = (
+    Step("claim", claim, unclaim),
+    Step("make-files", make_files, remove_files),
+    Step("settle", settle),
+)
+VERB = Verb("vm-create", STEPS)
+
+
+def arguments(spec: VMSpec, kind: str, **more: Any) -> dict[str, Any]:
+    """What the journal keeps of a request to make a VM."""
+    return {"spec": spec.model_dump(mode="json"), "kind": kind, **more}

@@ -1,0 +1,8 @@
+"""Stop, then start: QEMU begins anew, so it comes up with a changed spec or a newer QEMU."""
+
+from __future__ import annotations
+
+from innkeeper.operations import vm_start, vm_stop
+from innkeeper.operations.engine import Verb
+
+VERB = Verb("vm-restart", (*vm_stop.STEPS, *vm_start.STEPS))

@@ -1,0 +1,159 @@
+"""Start a VM: admit it, prepare its folder, spawn QEMU, let the guest run."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from typing import Any
+
+from innkeeper.base.clock import now
+from innkeeper.base.errors import ActionRefused, NotFound, PortTaken
+from innkeeper.host.memory import check_memory
+from innkeeper.host.ports import is_free, who_listens
+from innkeeper.machine.states import LIVE
+from innkeeper.operations.engine import Context, Step, Verb
+from innkeeper.plan.command import command
+from innkeeper.plan.identity import Identity, on_accelerator
+from innkeeper.plan.options import Plan
+from innkeeper.spec.image import Image
+from innkeeper.spec.vm import VMSpec
+from innkeeper.store.contract import Value, update
+
+
+async def admit(ctx: Context) -> None:
+    """Is there memory, are the ports free? Then the VM is `starting`."""
+    vm = await _vm(ctx)
+    if vm["state"] in LIVE - {"starting"} and ctx.world.machines.get(vm["id"]):
+        raise ActionRefused(f"{vm['name']} is {vm['state']}")
+    host = await ctx.world.host_with_qemu()
+    if not ctx.args.get("force"):
+        running = {m.id for m in ctx.world.machines.live()}
+        promised = sum(
+            v["spec"]["memory"] - resident(ctx, v["id"]) for v in await ctx.world.vms() if v["id"] in running
+        )
+        check_memory(vm["spec"]["memory"], host.memory, max(0, promised))
+    for protocol, address, port in _ports(vm):
+        if not is_free(port, protocol, address):
+            holder = who_listens(port, protocol, address) or "another program"
+            raise PortTaken(
+                f"host port {port}/{protocol} of {vm['name']} is in use by {holder}",
+                hint="stop that program", port=port, holder=holder,
+            )  # fmt: skip
+    await _state(ctx, "starting")
+
+
+def resident(ctx: Context, vm_id: str) -> int:
+    """Bytes of RAM that a VM's QEMU holds now; 0 when it cannot be told."""
+    machine = ctx.world.machines.get(vm_id)
+    if machine is None:
+        return 0
+    try:
+        with open(f"/proc/{machine.process.pid.number}/statm") as file:  # noqa: PTH123 - a hot little read
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGESIZE")
+    except OSError:
+        return 0
+
+
+def _ports(vm: Value) -> list[tuple[Any, str, int]]:
+    published = [(f["protocol"], f["address"], f["host"]) for nic in vm["spec"]["nics"] for f in nic["publish"]]
+    ssh_port = vm["identity"]["ssh_port"]
+    return published + ([("tcp", "127.0.0.1", ssh_port)] if ssh_port else [])
+
+
+async def unadmit(ctx: Context) -> None:
+    """Back to stopped."""
+    try:
+        await _state(ctx, "stopped")
+    except NotFound:
+        return  # it was being made in the same operation, and is gone again
+
+
+async def spawn(ctx: Context) -> None:
+    """QEMU runs, stopped before the guest's first instruction."""
+    vm = await _vm(ctx)
+    machine = ctx.world.machines.get(vm["id"])
+    if machine is not None and machine.status.state != "starting":
+        return  # a daemon before this one came as far as letting it run
+    await ctx.world.machines.start(vm, await plan(ctx, vm))
+
+
+async def kill(ctx: Context) -> None:
+    """Undo of `spawn`."""
+    if vm_id := _vm_id(ctx):
+        await ctx.world.machines.discard(vm_id)
+
+
+async def plan(ctx: Context, vm: Value) -> Plan:
+    """The QEMU command of this start. Pins the CPU model anew if the host's accelerator has changed."""
+    world = ctx.world
+    host = await world.host_with_qemu()
+    identity = on_accelerator(Identity.model_validate(vm["identity"]), host)
+    if identity.model_dump(mode="json") != vm["identity"]:
+        await update(world.store, f"vm/{vm['id']}", lambda v: v | {"identity": identity.model_dump(mode="json")})
+    spec = VMSpec.model_validate(vm["spec"])
+    folder = world.home.vm(vm["id"])
+    if spec.firmware == "uefi" and not (folder / "nvram.fd").exists():
+        assert host.firmware.uefi is not None
+        staged = folder / "nvram.fd.new"
+        shutil.copyfile(host.firmware.uefi.vars, staged)
+        staged.chmod(0o600)
+        if identity.uid is not None:
+            os.chown(staged, identity.uid, identity.uid)
+        staged.replace(folder / "nvram.fd")
+    image = None
+    if vm["image"]:
+        document = await world.find("image", vm["image"]["id"])
+        image = Image.model_validate({key: document[key] for key in Image.model_fields if key in document})
+    return command(
+        spec,
+        identity,
+        host,
+        image,
+        str(world.home.image(image.id)) if image else "",
+        seed=vm["seed"],
+        iso=vm["disc"],
+        ignition=(folder / "ignition.json").exists(),
+    )
+
+
+async def run(ctx: Context) -> None:
+    """Let the guest go, if this operation still holds the VM (DESIGN.md 5.1)."""
+    vm = await _vm(ctx)
+    if (vm["operation"] or {}).get("id") != ctx.operation:
+        raise ActionRefused(f"{vm['name']} is held by another operation", operation=vm["operation"])
+    machine = ctx.world.machines.get(vm["id"])
+    if machine is None:
+        raise ActionRefused(f"the QEMU of {vm['name']} ended before its guest ran", hint="see inn logs and qemu.log")
+    if machine.status.state == "starting":
+        await machine.run()
+        while machine.status.state == "starting" and not machine.over.done():
+            await machine.changed()
+        target = {"kind": "vm", "id": vm["id"], "name": vm["name"]}
+        accelerator = "KVM" if ctx.world.verdict.name == "kvm" else "software emulation"
+        await ctx.world.events.append("vm.started", f"{vm['name']} runs, on {accelerator}", target=target)
+    ctx.result["vm"] = vm["name"]
+
+
+def _vm_id(ctx: Context) -> str:
+    return str(ctx.data.get("vm") or ctx.target.get("id") or "")
+
+
+async def _vm(ctx: Context) -> Value:
+    return await ctx.world.find("vm", _vm_id(ctx))
+
+
+async def _state(ctx: Context, state: str) -> None:
+    stamp = now()
+    await update(
+        ctx.world.store,
+        f"vm/{_vm_id(ctx)}",
+        lambda vm: None if vm["state"] == state else vm | {"state": state, "reason": "", "since": stamp},
+    )
+
+
+STEPS = (
+    Step("admit", admit, unadmit),
+    Step("spawn", spawn, kill),
+    Step("run", run),
+)
+VERB = Verb("vm-start", STEPS)

@@ -1,0 +1,54 @@
+"""What the steps of operations may touch: handed to them whole, so that none of it is global."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from innkeeper.base.errors import NotFound, ToolMissing
+from innkeeper.base.home import Home
+from innkeeper.host.accelerator import Verdict
+from innkeeper.host.facts import HostFacts, QemuFacts
+from innkeeper.host.gather import gather
+from innkeeper.machine.machines import Machines
+from innkeeper.store.contract import Store, Value
+from innkeeper.store.events import EventLog
+
+
+@dataclass
+class World:
+    """One host, as operations see it."""
+
+    home: Home
+    store: Store
+    events: EventLog
+    machines: Machines
+    verdict: Verdict
+    qemu: QemuFacts | None
+
+    async def host(self) -> HostFacts:
+        """The facts, read now."""
+        return await gather(self.home, self.verdict, self.qemu)
+
+    async def host_with_qemu(self) -> HostFacts:
+        """The same; `ToolMissing` where there is no QEMU."""
+        if self.qemu is None:
+            raise ToolMissing(
+                "qemu-system-x86_64 is not installed",
+                hint="apt install qemu-system-x86, then inn daemon stop && inn daemon start",
+                package="qemu-system-x86",
+            )
+        return await self.host()
+
+    async def find(self, kind: str, name: str) -> Value:
+        """The document of a VM or image by name or id. Raises `NotFound`."""
+        pointer = await self.store.get(f"name/{kind}/{name}")
+        document = await self.store.get(f"{kind}/{pointer.value['id'] if pointer else name}")
+        if document is None:
+            command = "inn ls" if kind == "vm" else "inn image ls"
+            noun = "VM" if kind == "vm" else kind
+            raise NotFound(f"there is no {noun} {name!r}", hint=f"{command} shows what there is", name=name)
+        return document.value
+
+    async def vms(self) -> list[Value]:
+        """All VM documents."""
+        return [document.value for document in await self.store.list("vm/")]

@@ -1,0 +1,169 @@
+"""The devices of a VM, each as the options that make it."""
+
+from __future__ import annotations
+
+from innkeeper.plan import pci
+from innkeeper.plan.identity import Identity
+from innkeeper.plan.options import Constants, Json, Option
+from innkeeper.spec.disk import DiskSpec
+from innkeeper.spec.image import Image
+from innkeeper.spec.nic import NicSpec
+from innkeeper.spec.vm import VMSpec
+
+AGENT_PORT = "org.qemu.guest_agent.0"
+"""The name qemu-ga looks for by default."""
+SSH = 22
+
+
+def console() -> list[Option]:
+    """A screen for screenshots and installers, and the serial console, whose output is kept in serial.log."""
+    return [
+        Option("-device", {"driver": "VGA", "id": "vga", "bus": "pcie.0", "addr": pci.FIXED["vga"], "vgamem_mb": 16}),
+        Option(
+            "-chardev",
+            Constants(
+                "socket",
+                {
+                    "id": "serial", "path": "serial.sock", "server": "on", "wait": "off",
+                    "logfile": "serial.log", "logappend": "on",
+                },
+            ),
+        ),
+        Option("-device", {"driver": "isa-serial", "id": "serial0", "chardev": "serial", "index": 0}),
+    ]  # fmt: skip
+
+
+def channels() -> list[Option]:
+    """The guest agent's channel."""
+    return [
+        Option("-chardev", Constants("socket", {"id": "agent", "path": "agent.sock", "server": "on", "wait": "off"})),
+        Option("-device", _fixed("virtio-serial-pci", "serial-bus", "serial")),
+        Option(
+            "-device",
+            {"driver": "virtserialport", "id": "agent0", "bus": "serial-bus.0", "chardev": "agent", "name": AGENT_PORT},
+        ),
+    ]
+
+
+def paravirtual(identity: Identity) -> list[Option]:
+    """Random numbers, a balloon that reports, «my kernel panicked», and «this is another life: reseed»."""
+    return [
+        Option("-object", {"qom-type": "rng-random", "id": "entropy", "filename": "/dev/urandom"}),
+        Option("-device", _fixed("virtio-rng-pci", "rng0", "rng") | {"rng": "entropy"}),
+        Option(
+            "-device",
+            _fixed("virtio-balloon-pci", "balloon0", "balloon") | {"free-page-reporting": True, "deflate-on-oom": True},
+        ),
+        Option("-device", _fixed("pvpanic-pci", "panic0", "panic")),
+        Option("-device", {"driver": "vmgenid", "id": "genid", "guid": identity.vmgenid}),
+    ]
+
+
+def disks(spec: VMSpec, image: Image | None, image_dir: str) -> list[Option]:
+    """All disks. The first is an overlay on the image's disk, with the whole chain written out: QEMU opens no file
+    because another file's header names it."""
+    options = [Option("-object", {"qom-type": "iothread", "id": "io0"})]
+    if any(disk.bus == "virtio-scsi" for disk in spec.disks):
+        options.append(Option("-device", _fixed("virtio-scsi-pci", "scsi0", "scsi") | {"iothread": "io0"}))
+    for index, disk in enumerate(spec.disks):
+        backing = None
+        if index == 0 and image is not None and image.kind == "disk":
+            backing = f"{image_dir}/{image.files['disk']}"
+            options.append(_image("disk0-base", backing))
+        options.append(_volume(index, "disk0-base" if backing else None))
+        if disk.bus == "virtio-blk" or index % 8 == 0:
+            # Function 0 of a slot must be there for the others to be found.
+            options.append(pci.disk_port(index))
+        options.append(_disk_device(index, disk))
+    return options
+
+
+def _image(node: str, path: str) -> Option:
+    file = {"driver": "file", "filename": path, "read-only": True}
+    return Option(
+        "-blockdev",
+        {"driver": "qcow2", "node-name": node, "read-only": True, "discard": "unmap", "file": file, "backing": None},
+    )
+
+
+def _volume(index: int, backing: str | None) -> Option:
+    return Option(
+        "-blockdev",
+        {
+            "driver": "qcow2",
+            "node-name": f"disk{index}",
+            "discard": "unmap",
+            "detect-zeroes": "unmap",
+            "file": {"driver": "file", "filename": f"disk{index}.qcow2", "discard": "unmap", "aio": "threads"},
+            "backing": backing,
+        },
+    )
+
+
+def _disk_device(index: int, disk: DiskSpec) -> Option:
+    # A full disk pauses the guest instead of corrupting its file system (DESIGN.md 5.7).
+    common: Json = {
+        "id": f"virtio-disk{index}", "drive": f"disk{index}", "bootindex": index + 1,
+        "werror": "stop", "rerror": "stop",
+    }  # fmt: skip
+    named = {"serial": disk.serial} if disk.serial else {}
+    if disk.bus == "virtio-scsi":
+        return Option("-device", {"driver": "scsi-hd", "bus": "scsi0.0", "lun": index, **common, **named})
+    port = {"driver": "virtio-blk-pci", "bus": f"port-disk{index}", "iothread": "io0"}
+    return Option("-device", {**port, **common, **named})
+
+
+def seed() -> list[Option]:
+    """The NoCloud seed, as a virtio disk: Debian's cloud kernel has no driver for a CD drive."""
+    file = {"driver": "file", "filename": "seed.iso"}
+    return [
+        Option("-blockdev", {"driver": "raw", "node-name": "seed", "read-only": True, "file": file}),
+        Option("-device", _fixed("virtio-blk-pci", "virtio-seed", "seed") | {"drive": "seed"}),
+    ]
+
+
+def iso(path: str) -> list[Option]:
+    """A CD drive with a disc, before the disks in the boot order."""
+    return [
+        Option(
+            "-blockdev",
+            {
+                "driver": "raw",
+                "node-name": "iso",
+                "read-only": True,
+                "file": {"driver": "file", "filename": path, "read-only": True},
+            },
+        ),
+        Option("-device", {"driver": "ide-cd", "id": "cd0", "bus": "ide.0", "drive": "iso", "bootindex": 0}),
+    ]
+
+
+def nics(spec: VMSpec, identity: Identity) -> list[Option]:
+    """Network cards, each behind its own root port."""
+    options: list[Option] = []
+    for index, nic in enumerate(spec.nics):
+        options.append(pci.nic_port(index))
+        device: dict[str, object] = {
+            "driver": "virtio-net-pci" if nic.model == "virtio" else "e1000e",
+            "id": f"nic{index}",
+            "bus": f"port-nic{index}",
+            "mac": identity.macs[index],
+        }
+        if nic.mode == "user":
+            options.append(Option("-netdev", _user_netdev(index, nic, identity.ssh_port if index == 0 else None)))
+            device["netdev"] = f"net{index}"
+        if nic.model == "virtio":
+            device["romfile"] = ""  # no network boot: nothing to wait for, and one file less from the host
+        options.append(Option("-device", device))
+    return options
+
+
+def _user_netdev(index: int, nic: NicSpec, ssh_port: int | None) -> Json:
+    forwards = [f"{f.protocol}:{f.address}:{f.host}-:{f.guest}" for f in nic.publish]
+    if ssh_port is not None:
+        forwards.insert(0, f"tcp:127.0.0.1:{ssh_port}-:{SSH}")
+    return {"type": "user", "id": f"net{index}", "hostfwd": [{"str": forward} for forward in forwards]}
+
+
+def _fixed(driver: str, name: str, role: str) -> dict[str, object]:
+    return {"driver": driver, "id": name, "bus": "pcie.0", "addr": pci.FIXED[role]}

@@ -1,0 +1,64 @@
+"""A QEMU command as data: options that are JSON, key=value constants, or plain words."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+Json = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Constants:
+    """`key=value,key=value`, for the options that QEMU has no JSON form of.
+
+    Only Innkeeper's own words and numbers go in: a comma would begin another key, so it is refused here.
+    """
+
+    first: str = ""
+    keys: Mapping[str, str | int] = field(default_factory=dict)
+
+    def text(self) -> str:
+        """As QEMU's QemuOpts parser reads it (docs/devel: `util/qemu-option.c`)."""
+        parts = ([self.first] if self.first else []) + [f"{key}={value}" for key, value in self.keys.items()]
+        for part in parts:
+            if "," in part or "\n" in part or "\0" in part:
+                raise AssertionError(f"{part!r} is not a constant")
+        return ",".join(parts)
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option of the command."""
+
+    flag: str
+    value: Json | Constants | str | None = None
+
+    def words(self) -> list[str]:
+        """As arguments. JSON values keep every character, so a comma or a quote in a path changes nothing."""
+        if self.value is None:
+            return [self.flag]
+        if isinstance(self.value, str):
+            return [self.flag, self.value]
+        if isinstance(self.value, Constants):
+            return [self.flag, self.value.text()]
+        return [self.flag, json.dumps(self.value, separators=(",", ":"), ensure_ascii=False)]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What exactly will run. No choice is left after it."""
+
+    binary: str
+    options: tuple[Option, ...]
+    fdsets: tuple[str, ...] = ()
+    """Paths of files that the daemon opens read-only and hands in as /dev/fdset/1, 2, …: files the VM's user may not
+    open by itself, such as an ISO in somebody's home."""
+    uid: int | None = None
+    groups: tuple[int, ...] = ()
+
+    def argv(self) -> list[str]:
+        """The command, without the `-add-fd` options, whose numbers exist only when it is spawned."""
+        return [self.binary, *(word for option in self.options for word in option.words())]

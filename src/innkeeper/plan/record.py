@@ -1,0 +1,33 @@
+"""The VM's document in the store, and plans as documents."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from innkeeper.plan.identity import Identity
+from innkeeper.spec.vm import FirstBoot, VMSpec
+
+
+def public_spec(spec: VMSpec) -> dict[str, Any]:
+    """The spec without what may be secret: this is what is stored with the VM and shown."""
+    kept = FirstBoot(user=spec.first_boot.user, ssh_keys=spec.first_boot.ssh_keys)
+    return spec.model_copy(update={"first_boot": kept}).model_dump(mode="json")
+
+
+def vm_record(spec: VMSpec, identity: Identity, image: dict[str, Any] | None, stamp: str) -> dict[str, Any]:
+    """A new VM's document. `image` is {id, name} of what its first disk stands on."""
+    return {
+        "id": identity.id,
+        "name": spec.name,
+        "spec": public_spec(spec),
+        "identity": identity.model_dump(mode="json"),
+        "image": image,
+        "created": stamp,
+        "state": "creating",
+        "reason": "",
+        "since": stamp,
+        "operation": None,
+        "disc": bool(spec.iso),
+        "seed": False,
+        "ready": False,
+    }

@@ -1,0 +1,93 @@
+"""QMP: one connection to one QEMU."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from qemu.qmp import EventListener, ExecuteError, QMPClient, QMPError
+from qemu.qmp.protocol import Runstate
+
+from innkeeper.base.errors import QmpFailed
+
+CONNECT_POLL = 0.002
+"""Seconds between two looks for the socket of a QEMU that is just starting (it takes about 40 ms to appear)."""
+
+
+class Monitor:
+    """A negotiated QMP connection. Events arrive through `events`, which ends when the connection does."""
+
+    def __init__(self, client: QMPClient, listener: EventListener) -> None:
+        self._client = client
+        self._listener = listener
+
+    @staticmethod
+    async def connect(folder: Path, seconds: float = 10.0) -> Monitor:
+        """Connect to `folder`/qmp.sock, waiting for it to appear. Raises `QmpFailed` after `seconds`."""
+        # Through a descriptor of the folder: a socket's path may have 107 bytes only (unix(7)).
+        fd = os.open(folder, os.O_PATH | os.O_DIRECTORY)
+        try:
+            async with asyncio.timeout(seconds):
+                while True:
+                    client = QMPClient(folder.name)
+                    # Registered before connecting, so that no event is missed.
+                    listener = EventListener()
+                    client.register_listener(listener)
+                    try:
+                        await client.connect(f"/proc/self/fd/{fd}/qmp.sock")
+                        return Monitor(client, listener)
+                    except QMPError as error:
+                        if not isinstance(error.__cause__ or getattr(error, "exc", None), OSError):
+                            raise QmpFailed(f"QMP negotiation failed: {error}") from None
+                    await asyncio.sleep(CONNECT_POLL)
+        except TimeoutError:
+            raise QmpFailed(f"QEMU did not answer on its QMP socket within {seconds:.0f} s") from None
+        finally:
+            os.close(fd)
+
+    @property
+    def connected(self) -> bool:
+        return self._client.runstate == Runstate.RUNNING
+
+    async def execute(self, command: str, arguments: dict[str, Any] | None = None, seconds: float = 30.0) -> Any:
+        """The command's return value. Raises `QmpFailed` when QEMU refuses, is gone, or takes too long."""
+        try:
+            async with asyncio.timeout(seconds):
+                return await self._client.execute(command, arguments)
+        except ExecuteError as error:
+            raise QmpFailed(f"QEMU refused {command}: {error}", command=command) from None
+        except TimeoutError:
+            raise QmpFailed(f"QEMU did not answer {command} within {seconds:.0f} s", command=command) from None
+        except (QMPError, EOFError, OSError) as error:
+            raise QmpFailed(f"QEMU is gone: {command} was not answered ({error})", command=command) from None
+
+    async def events(self) -> AsyncIterator[dict[str, Any]]:
+        """Events as QEMU sends them, until the connection ends."""
+        gone = asyncio.ensure_future(self._gone())
+        try:
+            while True:
+                arrival = asyncio.ensure_future(self._listener.get())
+                done, _ = await asyncio.wait({arrival, gone}, return_when=asyncio.FIRST_COMPLETED)
+                if arrival in done:
+                    yield dict(arrival.result())
+                    continue
+                arrival.cancel()
+                while not self._listener.empty():
+                    yield dict(await self._listener.get())
+                return
+        finally:
+            gone.cancel()
+
+    async def _gone(self) -> None:
+        while self._client.runstate == Runstate.RUNNING:
+            await self._client.runstate_changed()
+
+    async def close(self) -> None:
+        """End the connection; QEMU goes on."""
+        # The library raises what ended the connection, an EOFError when QEMU closed it first.
+        with suppress(Exception):
+            await self._client.disconnect()

@@ -1,0 +1,40 @@
+"""The application: routes, errors, OpenAPI."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.routing import APIRoute
+
+from innkeeper import __version__
+from innkeeper.server import problems, routes_apply, routes_guest, routes_host, routes_images, routes_vms
+from innkeeper.server.context import Context
+
+
+def create_app(context: Context | None = None) -> FastAPI:
+    """The API over one daemon's context; without one, only good for its OpenAPI document."""
+    app = FastAPI(
+        title="Innkeeper",
+        version=__version__,
+        summary="Virtual machines that are quick to make, cheap to keep and hard to lose",
+        openapi_url="/openapi.json",
+        docs_url=None,
+        redoc_url=None,
+        responses=problems.RESPONSES,
+        generate_unique_id_function=_operation_id,
+    )
+    app.state.context = context
+    for module in (routes_host, routes_images, routes_vms, routes_guest, routes_apply):
+        app.include_router(module.router)
+    problems.install(app)
+    return app
+
+
+def _operation_id(route: APIRoute) -> str:
+    return route.name
+
+
+def openapi() -> dict[str, Any]:
+    """The OpenAPI document, as `docs/openapi.json` keeps it."""
+    return create_app().openapi()

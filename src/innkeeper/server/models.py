@@ -1,0 +1,167 @@
+"""Shapes of requests and answers that are not specs: what OpenAPI shows. Answers are documents, sent as they are."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
+
+from innkeeper.spec.quantity import Model, Name
+from innkeeper.spec.vm import VMSpec
+
+
+class Open(BaseModel):
+    """Answers may grow fields; clients ignore those they do not know."""
+
+    model_config = ConfigDict(extra="allow")
+
+
+class Problem(Open):
+    """RFC 9457."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    code: str
+    hint: str
+    facts: dict[str, JsonValue]
+
+
+class OperationView(Open):
+    id: str
+    revision: int
+    kind: str
+    target: dict[str, JsonValue]
+    state: Literal["running", "undoing", "done", "failed", "cancelled"]
+    steps: list[str]
+    step: str
+    progress: dict[str, JsonValue]
+    created: str
+    updated: str
+    ended: str | None
+    error: dict[str, JsonValue] | None
+    result: dict[str, JsonValue]
+    cancel_requested: bool
+
+
+class ActionView(Open):
+    allowed: bool
+    reason: str
+    hint: str
+
+
+class VMView(Open):
+    id: str
+    name: str
+    state: str
+    reason: str
+    since: str
+    created: str
+    image: str | None
+    cpus: int
+    memory: int
+    spec: dict[str, JsonValue]
+    operation: dict[str, JsonValue] | None
+    ready: bool
+    agent: bool
+    pid: int | None
+    address: str | None
+    ssh_port: int | None
+    forwards: list[dict[str, JsonValue]]
+    user: str
+    machine: dict[str, JsonValue]
+    allowed_actions: dict[str, ActionView]
+
+
+class EventView(Open):
+    seq: int
+    at: str
+    kind: str
+    level: Literal["info", "warning", "error"]
+    target: dict[str, JsonValue] | None
+    text: str
+    facts: dict[str, JsonValue]
+
+
+class VersionView(Open):
+    version: str
+    pid: int
+    started: str
+    home: str
+
+
+class ImageView(Open):
+    id: str
+    name: str
+    kind: Literal["disk", "kernel"]
+    virtual_size: int
+    stored_size: int
+
+
+class RecipeView(Open):
+    name: str
+    title: str
+
+
+class SSHView(Open):
+    address: str
+    port: int
+    user: str
+    host_key: str
+    alias: str
+
+
+class VMRequest(Model):
+    """Make a VM."""
+
+    spec: VMSpec
+    start: bool = Field(default=True, description="Start it once it is made")
+    wait: bool = Field(default=True, description="The operation ends when the guest is ready, not when it runs")
+    force: bool = Field(default=False, description="Start even where the host has too little memory")
+    timeout: float | None = Field(default=None, gt=0, le=86400, description="Seconds until the guest must be ready")
+
+
+class ActionRequest(Model):
+    """How to do it."""
+
+    force: bool = False
+    timeout: float | None = Field(default=None, gt=0, le=86400, description="Seconds the guest gets to shut down")
+
+
+class ExecRequest(Model):
+    """A command for the guest agent to run, without a shell."""
+
+    argv: Annotated[list[Annotated[str, Field(max_length=131072)]], Field(min_length=1, max_length=4096)]
+    env: dict[str, str] = Field(default={}, description="Added to the environment")
+    cwd: str | None = None
+    stdin: str | None = Field(default=None, description="Standard input, base64, up to 1 MiB")
+    stdin_path: str | None = Field(default=None, description="A file in the guest to be standard input")
+    timeout: float | None = Field(default=None, gt=0, le=86400, description="Seconds; the command is killed then")
+
+
+class ApplyRequest(Model):
+    """Declarative documents, as `inn apply` reads them from YAML."""
+
+    documents: list[dict[str, JsonValue]] = Field(max_length=1000)
+    dry_run: bool = False
+
+
+class Change(Model):
+    """What `apply` does about one document."""
+
+    kind: Literal["vm", "image"]
+    name: str
+    action: Literal["none", "create", "update", "start", "stop", "build"]
+    differences: list[dict[str, Any]]
+    note: str = ""
+
+
+class ApplyView(Model):
+    changes: list[Change]
+    operations: list[str]
+
+
+class Export(Open):
+    kind: Literal["vm"]
+    name: Name

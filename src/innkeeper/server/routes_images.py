@@ -1,0 +1,79 @@
+"""Images and recipes."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import APIRouter, Path, Response
+from fastapi.responses import JSONResponse
+
+from innkeeper.base.errors import InUse, NameTaken
+from innkeeper.operations.engine import busy
+from innkeeper.server.context import Context, Ctx, accepted
+from innkeeper.server.models import ImageView, OperationView, RecipeView
+from innkeeper.spec.image import BuildRequest, ImportRequest, PullRequest
+from innkeeper.spec.recipe import load_recipe, recipe_names
+from innkeeper.store.contract import Value
+
+router = APIRouter(prefix="/v1", tags=["images"])
+ImageParam = Annotated[str, Path(description="An image's name or id", min_length=1, max_length=63)]
+
+
+@router.get("/recipes", response_model=list[RecipeView], summary="What can be built")
+async def recipes() -> Response:
+    return JSONResponse([{"name": name, "title": load_recipe(name).description} for name in recipe_names()])
+
+
+@router.get("/images", response_model=list[ImageView], summary="All images, by name")
+async def list_images(ctx: Ctx) -> Response:
+    images = [_view(document.value) for document in await ctx.world.store.list("image/")]
+    return JSONResponse(sorted(images, key=lambda image: str(image["name"])))
+
+
+@router.get("/images/{image}", response_model=ImageView, summary="One image, and who stands on it")
+async def get_image(ctx: Ctx, image: ImageParam) -> Response:
+    found = await ctx.world.find("image", image)
+    users = sorted(vm["name"] for vm in await ctx.world.vms() if (vm["image"] or {}).get("id") == found["id"])
+    return JSONResponse(_view(found) | {"users": users})
+
+
+def _view(image: Value) -> Value:
+    return {key: value for key, value in image.items() if key != "operation"}
+
+
+@router.post("/images/build", response_model=OperationView, status_code=202, summary="Build an image from a recipe")
+async def build(ctx: Ctx, body: BuildRequest) -> Response:
+    load_recipe(body.recipe)
+    name = body.name or body.recipe
+    return await _make(ctx, "build", name, body.model_dump())
+
+
+@router.post("/images/import", response_model=OperationView, status_code=202, summary="Import a disk image file")
+async def import_image(ctx: Ctx, body: ImportRequest) -> Response:
+    return await _make(ctx, "import", body.name, body.model_dump())
+
+
+@router.post("/images/pull", response_model=OperationView, status_code=202, summary="Download a disk image")
+async def pull(ctx: Ctx, body: PullRequest) -> Response:
+    return await _make(ctx, "pull", body.name, body.model_dump())
+
+
+async def _make(ctx: Context, how: str, name: str, args: Value) -> Response:
+    if not args.get("replace") and await ctx.world.store.get(f"name/image/{name}"):
+        raise NameTaken(f"there is an image named {name!r} already", hint="choose another name, or inn image rm it")
+    target = {"kind": "image", "id": None, "name": name}
+    return accepted(await ctx.engine.submit(f"image-{how}", target, args | {"how": how}))
+
+
+@router.delete("/images/{image}", response_model=OperationView, status_code=202, summary="Delete an image")
+async def delete_image(ctx: Ctx, image: ImageParam) -> Response:
+    found = await ctx.world.find("image", image)
+    users = sorted(vm["name"] for vm in await ctx.world.vms() if (vm["image"] or {}).get("id") == found["id"])
+    if users:
+        raise InUse(
+            f"image {found['name']} is the base of {', '.join(users)}", hint="delete those VMs first", users=users
+        )
+    if found["operation"]:
+        raise busy(f"image {found['name']}", found["operation"])
+    target = {"kind": "image", "id": found["id"], "name": found["name"]}
+    return accepted(await ctx.engine.submit("image-delete", target, {}, hold=f"image/{found['id']}"))

@@ -1,0 +1,103 @@
+"""How documents look from outside."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from innkeeper.machine.machine import Machine
+from innkeeper.machine.states import allowed_actions
+from innkeeper.operations.world import World
+from innkeeper.store.contract import Document, Value
+
+
+class VMViews:
+    """VMs as the API shows them, each encoded once per change: a list of ten thousand is a join of what is there."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._encoded: dict[str, tuple[tuple[Any, ...], bytes]] = {}
+
+    async def all(self) -> bytes:
+        """All VMs, by name, as a JSON list."""
+        documents = await self._world.store.list("vm/")
+        images = await self._images()
+        rows = {d.value["name"]: self._row(d, images) for d in documents}
+        if len(self._encoded) > len(documents):
+            self._encoded = {d.value["id"]: self._encoded[d.value["id"]] for d in documents}
+        return b"[" + b",".join(rows[name] for name in sorted(rows)) + b"]"
+
+    async def one(self, vm: Value) -> Value:
+        """One VM, with what its disks take on the host."""
+        view = self._view(vm, self._world.machines.get(vm["id"]), await self._images())
+        return view | {"disks": self._disks(vm)}
+
+    async def _images(self) -> dict[str, Value]:
+        return {d.value["id"]: d.value for d in await self._world.store.list("image/")}
+
+    def _row(self, document: Document, images: dict[str, Value]) -> bytes:
+        vm = document.value
+        machine = self._world.machines.get(vm["id"])
+        state = (document.revision, machine.status if machine else None, (vm["image"] or {}).get("id") in images)
+        known = self._encoded.get(vm["id"])
+        if known is not None and known[0] == state:
+            return known[1]
+        text = json.dumps(self._view(vm, machine, images)).encode()
+        self._encoded[vm["id"]] = (state, text)
+        return text
+
+    def _view(self, vm: Value, machine: Machine | None, images: dict[str, Value]) -> Value:
+        spec, identity = vm["spec"], vm["identity"]
+        image = images.get(vm["image"]["id"]) if vm["image"] else None
+        agent = machine is not None and machine.status.agent
+        running = vm["state"] == "running"
+        ssh_port = identity["ssh_port"]
+        return {
+            "id": vm["id"],
+            "name": vm["name"],
+            "state": vm["state"],
+            "reason": vm["reason"],
+            "since": vm["since"],
+            "created": vm["created"],
+            "image": image["name"] if image else None,
+            "cpus": spec["cpus"],
+            "memory": spec["memory"],
+            "spec": spec,
+            "operation": vm["operation"],
+            "ready": running and (agent or not (image and image["agent"])),
+            "agent": agent,
+            "pid": machine.process.pid.number if machine else None,
+            "address": "127.0.0.1" if ssh_port else None,
+            "ssh_port": ssh_port,
+            "forwards": [forward for nic in spec["nics"] for forward in nic["publish"]],
+            "user": user(vm, image),
+            "machine": {
+                "accelerator": identity["accelerator"],
+                "type": identity["machine_type"],
+                "cpu": identity["cpu_model"],
+                "uuid": identity["uuid"],
+                "macs": identity["macs"],
+            },
+            "allowed_actions": allowed_actions(vm["state"], vm["operation"]),
+        }
+
+    def _disks(self, vm: Value) -> list[Value]:
+        folder = self._world.home.vm(vm["id"])
+        disks = []
+        for index, disk in enumerate(vm["spec"]["disks"]):
+            path = folder / f"disk{index}.qcow2"
+            disks.append({"name": f"disk{index}", "virtual_size": disk["size"], "stored_size": _stored(path)})
+        return disks
+
+
+def user(vm: Value, image: Value | None) -> str:
+    """Who to log in as."""
+    return vm["spec"]["first_boot"]["user"] or (image["user"] if image else "") or "root"
+
+
+def _stored(path: Path) -> int:
+    try:
+        return path.stat().st_blocks * 512
+    except OSError:
+        return 0

@@ -1,0 +1,74 @@
+"""The event log: what happened, as sentences, in the store under `event/<seq>`."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any, Literal
+
+import structlog
+
+from innkeeper.base.clock import now
+from innkeeper.base.errors import Conflict, StoreFailed
+from innkeeper.store.contract import Store, Value
+
+log = structlog.get_logger()
+
+KEPT = 5000
+"""Events kept; older ones are forgotten, a hundred at a time."""
+
+Level = Literal["info", "warning", "error"]
+
+
+class EventLog:
+    """Appends events and follows them. Losing an event is logged and harms nothing else."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._next: int | None = None
+        self._first = 0
+
+    async def append(
+        self, kind: str, text: str, *, target: dict[str, Any] | None = None, level: Level = "info", **facts: Any
+    ) -> None:
+        """Record that `kind` (like `vm.paused`) happened to `target` ({kind, id, name}); `text` is a sentence."""
+        if self._next is None:
+            kept = await self._store.list("event/")
+            self._first = int(kept[0].value["seq"]) if kept else 1
+            self._next = int(kept[-1].value["seq"]) + 1 if kept else 1
+        seq, self._next = self._next, self._next + 1
+        event = {"seq": seq, "at": now(), "kind": kind, "level": level, "target": target, "text": text, "facts": facts}
+        log.log({"info": 20, "warning": 30, "error": 40}[level], text, event_kind=kind)
+        writes: dict[str, Value | None] = {_key(seq): event}
+        if seq - self._first >= KEPT + 100:
+            writes |= {_key(old): None for old in range(self._first, seq - KEPT)}
+            self._first = seq - KEPT
+        try:
+            await self._store.transact(writes)
+        except StoreFailed as error:
+            log.error("event lost", error=str(error))
+
+    async def list(self, after: int = 0, tail: int | None = None) -> list[Value]:
+        """Events with a sequence number above `after`, oldest first; the last `tail` of them."""
+        events = [d.value for d in await self._store.list("event/") if d.value["seq"] > after]
+        return events if tail is None else events[max(0, len(events) - tail) :]
+
+    async def follow(self, after: int | None = None, tail: int = 0) -> AsyncIterator[Value]:
+        """What `list` gives, then every event to come. A follower too slow for the store's memory skips on."""
+        revision = self._store.revision
+        last = after or 0
+        for event in await self.list(last) if after is not None else await self.list(tail=tail):
+            last = event["seq"]
+            yield event
+        while True:
+            try:
+                async for change in self._store.watch("event/", revision):
+                    revision = change.revision
+                    if change.value is not None and change.value["seq"] > last:
+                        last = change.value["seq"]
+                        yield change.value
+            except Conflict:
+                revision = self._store.revision
+
+
+def _key(seq: int) -> str:
+    return f"event/{seq:016d}"
