@@ -70,14 +70,14 @@ def _shell(inn: Innkeeper, name: str, args: Namespace) -> SshShell | AgentShell:
     vm = inn.vm(name)
     if args.via == "agent":
         return AgentShell(vm)
+    from innkeeper.cli.ssh import full_command_line, reachable, wait_for_sshd
+
     try:
-        way = vm.ssh()
+        way = reachable(vm)
     except ApiError as error:
         if error.status == 404 or args.via == "ssh" or error.code not in ("unsupported", "action-refused"):
             raise
         return AgentShell(vm)
-    from innkeeper.cli.ssh import full_command_line, wait_for_sshd
-
     command = full_command_line(way, args.identity)
     command[1:1] = ["-o", "BatchMode=yes"]
     wait_for_sshd(way)

@@ -13,7 +13,7 @@ from innkeeper.cli.keys import public_keys
 from innkeeper.cli.names import friendly_name
 from innkeeper.cli.parser import usage_error
 from innkeeper.cli.progress import conclude
-from innkeeper.cli.vms import forward
+from innkeeper.cli.vms import ports
 from innkeeper.client import ApiError, Innkeeper, Operation, vm_spec
 
 TRIES = 5
@@ -87,12 +87,12 @@ def _said(inn: Innkeeper, operation: Operation) -> str:
     name = vm["name"]
     rows: list[tuple[str, Any]] = [
         ("VM", [(name, "bold"), " is ", terminal.state(vm["state"])]),
-        ("Ports", " ".join(forward(one) for one in vm.get("forwards") or ())),
+        ("Ports", ports(vm)),
     ]
     ways = []
     if vm["state"] == "stopped":
         ways.append(f"inn start {name}")
-    elif any(one["guest"] == 22 for one in vm.get("forwards") or ()) and vm.get("user"):
+    elif vm.get("ssh_port"):
         ways.append(f"inn ssh {name}")
     elif vm.get("agent"):
         ways.append(f"inn exec {name} -- COMMAND")
@@ -100,4 +100,5 @@ def _said(inn: Innkeeper, operation: Operation) -> str:
     rows.append(("Enter" if vm["state"] != "stopped" else "Start", ways[0]))
     if ways[1:]:
         rows.append(("Look", ", ".join(ways[1:])))
+    rows += [("Warning", (str(text), "yellow")) for text in operation.result.get("warnings") or ()]
     return terminal.page([(label, value) for label, value in rows if value])

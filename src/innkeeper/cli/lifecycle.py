@@ -17,7 +17,7 @@ def _act(inn: Innkeeper, args: Namespace, action: str, said: str) -> int:
         args,
         args.vms,
         lambda name: inn.vm(name).act(action, force=force, timeout=seconds),
-        lambda operation: f"{operation.target} {said}",
+        lambda operation: f"{operation.target}: {operation.text}" if operation.idle else f"{operation.target} {said}",
     )
 
 

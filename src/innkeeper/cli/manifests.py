@@ -20,7 +20,19 @@ from innkeeper.client.errors import InnkeeperError
 FILE_FIELDS = {"user_data_file": "user_data", "network_config_file": "network_config", "ignition_file": "ignition"}
 """Fields of first_boot that name a file → the field that gets its text."""
 
-SIGNS = {"create": ("+", "green"), "update": ("~", "yellow"), "start": ("▸", "green"), "stop": ("▪", "yellow")}
+    "create": ("+", "green"),
+    "build": ("+", "green"),
+    "update": ("~", "yellow"),
+    "start": ("▸", "green"),
+    "stop": ("▪", "yellow"),
+}
+SIGNS = {
+    "create": ("+", "green"),
+    "build": ("+", "green"),
+    "update": ("~", "yellow"),
+    "start": ("▸", "green"),
+    "stop": ("▪", "yellow"),
+}
 SIZES = ("memory", "size")
 LONGEST = 100
 """Characters of a value that a difference shows."""

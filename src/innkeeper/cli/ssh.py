@@ -16,10 +16,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from innkeeper.base.errors import InvalidInput, ToolMissing
+from innkeeper.base.errors import ActionRefused, InvalidInput, ToolMissing
 from innkeeper.cli import identity, terminal
 from innkeeper.cli.keys import private_keys
-from innkeeper.client import Innkeeper
+from innkeeper.client import VM, Innkeeper
 
 SSHD_DEADLINE = 60.0
 """Seconds to wait for a guest that is still booting."""
@@ -27,7 +27,7 @@ SSHD_DEADLINE = 60.0
 
 def ssh(inn: Innkeeper, args: Namespace) -> int:
     """Become the system's ssh; its exit status is the command's (255 where ssh itself failed)."""
-    way = inn.vm(args.vm).ssh()
+    way = reachable(inn.vm(args.vm))
     command = command_line(way, args.identity)
     if args.tty:
         command.append("-t")
@@ -36,6 +36,15 @@ def ssh(inn: Innkeeper, args: Namespace) -> int:
         command += ["--", args.argv[0] if len(args.argv) == 1 else shlex.join(args.argv)]
     wait_for_sshd(way)
     os.execvp(command[0], command)
+
+
+def reachable(vm: VM) -> dict[str, Any]:
+    """How to reach its SSH server. Raises `ActionRefused` where it does not run, `ApiError` where it has none."""
+    way = vm.ssh()
+    if (state := vm.state) not in ("running", "starting"):
+        hint = f"inn {'resume' if state == 'paused' else 'start'} {vm.name}"
+        raise ActionRefused(f"{vm.name} is {state}", hint=hint)
+    return way
 
 
 def command_line(way: dict[str, Any], identities: Sequence[str] | None = None) -> list[str]:

@@ -7,7 +7,6 @@ the cursor or hide a line with an escape sequence.
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Any, TextIO
@@ -47,7 +46,12 @@ def interactive(stream: TextIO) -> bool:
 
 def width() -> int:
     """Columns of the terminal; effectively endless where there is none."""
-    return shutil.get_terminal_size((80, 24)).columns if sys.stdout.isatty() else 1_000_000
+    if not sys.stdout.isatty():
+        return 1_000_000
+    try:
+        return int(os.environ.get("COLUMNS") or 0) or os.get_terminal_size(sys.stdout.fileno()).columns or 80
+    except (ValueError, OSError):
+        return 80
 
 
 def paint(text: str, style: str, stream: TextIO | None = None) -> str:

@@ -53,7 +53,15 @@ def remark(vm: dict[str, Any]) -> Cell:
 
 def ports(vm: dict[str, Any]) -> str:
     """`2222→22 53→53/udp`, an address only where it is not the loopback."""
-    return " ".join(forward(one) for one in vm.get("forwards") or ())
+    return " ".join(forward(one) for one in forwards(vm))
+
+
+def forwards(vm: dict[str, Any]) -> list[dict[str, Any]]:
+    """The ports that lead into a VM, the one for SSH first."""
+    published = list(vm.get("forwards") or ())
+    if port := vm.get("ssh_port"):
+        return [{"host": port, "guest": 22, "protocol": "tcp"}, *published]
+    return published
 
 
 def forward(one: dict[str, Any]) -> str:
@@ -127,7 +135,7 @@ def _network(vm: dict[str, Any], spec: dict[str, Any]) -> list[tuple[str, Any]]:
         mode = {"user": "user-mode NAT", "none": "cable not plugged in"}.get(nic.get("mode", ""), nic.get("mode", ""))
         parts = (mode, nic.get("model"), nic.get("mac"))
         lines.append(("" if index else "Network", " · ".join(str(part) for part in parts if part)))
-    for index, one in enumerate(vm.get("forwards") or ()):
+    for index, one in enumerate(forwards(vm)):
         address, protocol = one.get("address") or "127.0.0.1", one.get("protocol") or "tcp"
         purpose = "  inn ssh " + vm["name"] if one["guest"] == 22 and protocol == "tcp" else ""
         lines.append(

@@ -54,6 +54,11 @@ class Operation:
         return self.state in ENDED
 
     @property
+    def idle(self) -> bool:
+        """Things were as asked already: nothing was done, and `text` says so."""
+        return self.id == "none"
+
+    @property
     def steps(self) -> list[str]:
         """The names of its steps, in order."""
         return list(self.document.get("steps") or ())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
-import secrets
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
@@ -53,12 +53,11 @@ class VM:
 
     # --- lifecycle; each waits for its end unless `wait=False`, and raises ApiError when it fails ---
 
-    def act(self, action: str, *, force: bool = False, timeout: float | None = None, ready: bool = True) -> Operation:
-        """Begin `start`, `stop`, `restart`, `pause` or `resume`, or `delete`. With `ready`, a start ends once the
-        guest is up rather than once QEMU runs."""
+    def act(self, action: str, *, force: bool = False, timeout: float | None = None) -> Operation:
+        """Begin `start`, `stop`, `restart`, `pause` or `resume`, or `delete`. `timeout`: seconds the guest gets."""
         if action == "delete":
             return self._innkeeper.operate("DELETE", self._path(), query={"force": force})
-        body = {"force": force, "timeout": timeout, "wait": ready}
+        body = {"force": force, "timeout": timeout}
         return self._innkeeper.operate("POST", self._path(f"/actions/{action}"), document=body)
 
     def start(self, *, wait: bool = True, on_progress: Progress | None = None) -> Operation:
@@ -116,7 +115,7 @@ class VM:
         source = io.BytesIO(stdin) if isinstance(stdin, bytes) else stdin
         first = source.read(STDIN_INLINE + 1) if source else b""
         if source and len(first) > STDIN_INLINE:
-            body["stdin_path"] = f"/tmp/.innkeeper-stdin-{secrets.token_hex(8)}"
+            body["stdin_path"] = f"/tmp/.innkeeper-stdin-{os.urandom(8).hex()}"
             self._put(body["stdin_path"], _blocks(first, source), None, 0o600)
         elif source:
             body["stdin"] = base64.b64encode(first).decode()
