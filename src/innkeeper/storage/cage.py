@@ -305,7 +305,7 @@ async def _attend(
             _kill_group(process.pid)
             if not drained:  # killed by us, or a descendant that left the group holds the pipes
                 _kill_marked(lambda environ: environ.get("INNKEEPER_RUN") == run)
-            await _gone(exited, process.pid, program)
+            await _gone(exited, process, program)
     return on_time
 
 
@@ -315,27 +315,53 @@ def _once(loop: asyncio.AbstractEventLoop, pidfd: int, exited: asyncio.Event) ->
     exited.set()
 
 
-async def _gone(exited: asyncio.Event, pid: int, program: str) -> None:
-    """Wait for a killed process, through further cancellations too: they are passed on once it is gone."""
+async def _gone(exited: asyncio.Event, process: subprocess.Popen[bytes], program: str) -> None:
+    """Wait for a killed process and its group, through further cancellations too: they are passed on at the end."""
     deadline = time.monotonic() + REAP_SECONDS
     cancelled: asyncio.CancelledError | None = None
-    while not exited.is_set() and (left := deadline - time.monotonic()) > 0:
+    while not exited.is_set() or _is_alive(process):
+        if (left := deadline - time.monotonic()) <= 0:
+            log.error("program survives SIGKILL", program=program, pid=process.pid)
+            break
         try:
             with suppress(TimeoutError):
                 await asyncio.wait_for(exited.wait(), left)
+            if exited.is_set() and _is_alive(process):
+                await asyncio.sleep(0.005)
         except asyncio.CancelledError as error:
             cancelled = error
-    if not exited.is_set():
-        log.error("program survives SIGKILL", program=program, pid=pid)
     if cancelled:
         raise cancelled
 
 
+def _is_alive(process: subprocess.Popen[bytes]) -> bool:
+    """Reaps the leader, which has ended; whether others of its group still die."""
+    process.wait()
+    return _has_members(process.pid)
+
+
 def _kill_and_wait(process: subprocess.Popen[bytes]) -> None:
-    """The last thing that happens to every process; it is dead already unless something here failed."""
-    _kill_group(process.pid)
-    with suppress(subprocess.TimeoutExpired):
-        process.wait(0.5)
+    """The last thing that happens to every process; it is reaped already unless something here failed."""
+    if process.returncode is None:
+        _kill_group(process.pid)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(0.5)
+
+
+def _has_members(group: int) -> bool:
+    """Whether a process of the group runs. Zombies do not count: it is for others to reap them."""
+    with suppress(PermissionError):
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return False
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with suppress(OSError):
+                state, _, member_of = (entry / "stat").read_text().rpartition(")")[2].split()[:3]
+                if int(member_of) == group and state not in "ZX":
+                    return True
+    return False
 
 
 def _kill_group(leader: int) -> None:
@@ -366,17 +392,20 @@ def _kill_marked(wanted: Callable[[Mapping[str, str]], bool]) -> list[int]:
     killed: list[int] = []
     deadline = time.monotonic() + REAP_SECONDS
     while found := list(_marked(wanted)):
+        groups = set()
         for pid, pidfd in found:
             with suppress(OSError):
-                group = os.getpgid(pid)
-                if group != os.getpgrp():
+                if (group := os.getpgid(pid)) != os.getpgrp():
                     os.killpg(group, signal.SIGKILL)
+                    groups.add(group)
             with suppress(OSError):
                 signal.pidfd_send_signal(pidfd, signal.SIGKILL)
         for pid, pidfd in found:
             select.select([pidfd], [], [], max(0.0, deadline - time.monotonic()))
             os.close(pidfd)
             killed.append(pid)
+        while any(map(_has_members, groups)) and time.monotonic() < deadline:
+            time.sleep(0.005)
         if time.monotonic() > deadline:
             log.error("processes survive SIGKILL", pids=[pid for pid, _ in found])
             break
