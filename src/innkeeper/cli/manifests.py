@@ -20,12 +20,6 @@ from innkeeper.client.errors import InnkeeperError
 FILE_FIELDS = {"user_data_file": "user_data", "network_config_file": "network_config", "ignition_file": "ignition"}
 """Fields of first_boot that name a file → the field that gets its text."""
 
-    "create": ("+", "green"),
-    "build": ("+", "green"),
-    "update": ("~", "yellow"),
-    "start": ("▸", "green"),
-    "stop": ("▪", "yellow"),
-}
 SIGNS = {
     "create": ("+", "green"),
     "build": ("+", "green"),
