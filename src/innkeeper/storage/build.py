@@ -6,7 +6,6 @@ What is made here is published by others: a build that fails or is cancelled lea
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,7 +15,8 @@ from typing import Any, Literal
 from innkeeper.base.errors import InvalidInput
 from innkeeper.spec.recipe import Firmware, Recipe
 from innkeeper.storage import build_initramfs as initramfs
-from innkeeper.storage.build_packages import Report, unpack
+from innkeeper.storage.build_disk import build_disk
+from innkeeper.storage.build_packages import Report, own_space, unpack
 from innkeeper.storage.cage import Limits, run_tool
 
 
@@ -48,11 +48,11 @@ async def build(recipe: Recipe, workspace: Path, *, job: str, report: Report) ->
     Raises `ToolMissing`, `ToolFailed`, `ToolTimeout`, `RecipeInvalid`, and `Unsupported` when the host's apt does not
     know Debian.
     """
-    _wipe(workspace)
+    await _wipe(workspace, job)
     try:
         built = await (_build_initramfs if recipe.initramfs else _build_disk)(recipe, workspace, job, report)
     except BaseException:
-        _wipe(workspace)
+        await _wipe(workspace, job)
         raise
     report(1.0, "built")
     return built
@@ -75,14 +75,22 @@ async def _build_initramfs(recipe: Recipe, workspace: Path, job: str, report: Re
         initramfs.link_applets(tree, applets.split())
         tree.link("init", "usr/sbin/init")
     initramfs.write_initramfs(tree, workspace / "initrd", wanted.compression)
-    os.replace(root / f"boot/vmlinuz-{release}", workspace / "kernel")
+    (root / f"boot/vmlinuz-{release}").replace(workspace / "kernel")
     (workspace / "kernel").chmod(0o644)
     _keep_only(workspace, {"kernel", "initrd"})
     return _built(recipe, packages, {"kernel": "kernel", "initrd": "initrd"}, 0)
 
 
 async def _build_disk(recipe: Recipe, workspace: Path, job: str, report: Report) -> Built:
-    raise NotImplementedError
+    packages, size = await build_disk(
+        recipe,
+        workspace,
+        job=job,
+        report=_part(report, 0.0, 0.95),
+        convert_report=_part(report, 0.95, 1.0),
+    )
+    _keep_only(workspace, {"disk.qcow2"})
+    return _built(recipe, packages, {"disk": "disk.qcow2"}, size)
 
 
 def _built(recipe: Recipe, packages: dict[str, str], files: dict[str, str], virtual_size: int) -> Built:
@@ -122,10 +130,19 @@ def _part(report: Report, start: float, end: float) -> Report:
     return lambda fraction, text: report(None if fraction is None else start + (end - start) * min(1.0, fraction), text)
 
 
-def _wipe(workspace: Path) -> None:
+async def _wipe(workspace: Path, job: str) -> None:
+    """Empty the workspace; what belongs to subordinate ids goes in the user namespace that made it."""
     if not workspace.is_absolute() or not workspace.is_dir() or workspace.is_symlink():
         raise InvalidInput(f"workspace {str(workspace)!r} is not an absolute path of a folder")
-    _keep_only(workspace, set())
+    try:
+        _keep_only(workspace, set())
+    except PermissionError:
+        await run_tool(
+            [*await own_space(job), "find", workspace, "-xdev", "-mindepth", "1", "-delete"],
+            limits=Limits(seconds=300),
+            job=job,
+            no_new_privs=False,
+        )
 
 
 def _keep_only(workspace: Path, names: set[str]) -> None:

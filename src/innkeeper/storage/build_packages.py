@@ -6,7 +6,9 @@ sources are the same to us, and proxies and credentials of the host's apt config
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
 import urllib.parse
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -92,7 +94,6 @@ class Progress:
         elif match := re.match(r"Unpacking (\S+?)(?::\w+)? \(", line):
             self._step(f"unpacking {match[1]}")
         elif match := re.match(r"Setting up (\S+?)(?::\w+)? \((.+)\)", line):
-            self.packages[match[1]] = match[2]
             self._step(f"setting up {match[1]}")
         elif line.startswith("I: extracting"):
             self._report(self.fraction, "extracting packages")
@@ -121,29 +122,78 @@ async def unpack(recipe: Recipe, target: Path, *, workspace: Path, job: str, rep
         recipe,
         ["--variant=extract", "--mode=chrootless", "--format=directory"],
         str(target),
-        progress=progress,
+        space=[],
         workspace=workspace,
         job=job,
+        on_line=progress.line,
     )
     return dict(sorted(progress.packages.items()))
 
 
 async def install(
-    recipe: Recipe, hooks: Sequence[str], *, workspace: Path, job: str, report: Report, pass_fds: Sequence[int] = ()
+    recipe: Recipe,
+    *,
+    essential_hooks: Sequence[str],
+    customize_hooks: Sequence[str],
+    workspace: Path,
+    job: str,
+    report: Report,
+    pass_fds: Sequence[int] = (),
+    on_line: Callable[[str], None] = lambda line: None,
 ) -> dict[str, str]:
-    """Install the recipe's packages into a root that exists only until the `hooks` (shell commands; `$1` is the root)
-    have run. Returns the packages' versions."""
+    """Install the recipe's packages into a root that exists only until the hooks (mmdebstrap(1), HOOKS) have run.
+
+    As root, or as the root of a user namespace, or in fakechroot: what the host allows. A line `package NAME VERSION`
+    from a hook is what is really installed. Returns the packages' versions.
+    """
     progress = Progress(report, [0.3, 0.65], steps=3)
+    versions: dict[str, str] = {}
+
+    def line(text: str) -> None:
+        if match := re.fullmatch(r"package (\S+) (\S+)", text):
+            versions[match[1]] = match[2]
+        progress.line(text)
+        on_line(text)
+
+    space = await own_space(job)
+    mode = "root" if os.geteuid() == 0 or "--user" in space else "fakechroot"
+    if mode == "fakechroot" and not shutil.which("fakechroot"):
+        raise ToolMissing(
+            "installing packages as a plain user needs a user namespace with subordinate ids, or fakechroot",
+            hint="apt install fakechroot; or uidmap, and give the user ranges in /etc/subuid and /etc/subgid",
+            package="uidmap",
+        )
     await _mmdebstrap(
         recipe,
-        ["--variant=minbase", "--format=null", *(f"--customize-hook={hook}" for hook in hooks)],
+        [
+            "--variant=minbase",
+            "--format=null",
+            f"--mode={mode}",
+            "--skip=cleanup",
+            *(f"--essential-hook={hook}" for hook in essential_hooks),
+            *(f"--customize-hook={hook}" for hook in customize_hooks),
+        ],
         "-",
-        progress=progress,
+        space=space,
         workspace=workspace,
         job=job,
+        on_line=line,
         pass_fds=pass_fds,
     )
-    return dict(sorted(progress.packages.items()))
+    return dict(sorted(versions.items()))
+
+
+async def own_space(job: str) -> list[str]:
+    """A prefix that gives a program its own mounts and processes, which vanish with it however it ends (as root,
+    mmdebstrap mounts /proc, /sys and /dev in the root it makes), and as a plain user its own user namespace with
+    subordinate ids. Empty where that is not allowed."""
+    prefix = ["unshare", "--mount", "--propagation=private", "--pid", "--fork", "--kill-child", "--mount-proc"]
+    if os.geteuid() != 0:
+        prefix[1:1] = ["--user", "--map-root-user", "--map-auto"]
+    with suppress(ToolFailed):
+        await run_tool([*prefix, "true"], limits=Limits(seconds=30), job=job, no_new_privs=False)
+        return prefix
+    return []
 
 
 async def _mmdebstrap(
@@ -151,9 +201,10 @@ async def _mmdebstrap(
     options: Sequence[str],
     target: str,
     *,
-    progress: Progress,
+    space: Sequence[str],
     workspace: Path,
     job: str,
+    on_line: Callable[[str], None],
     pass_fds: Sequence[int] = (),
 ) -> None:
     ring = keyring(recipe.suite)
@@ -162,7 +213,7 @@ async def _mmdebstrap(
     temporary.mkdir(mode=0o755)
     await run_tool(
         [
-            *await _own_mounts(job),
+            *space,
             "mmdebstrap",
             "--verbose",
             *options,
@@ -177,18 +228,8 @@ async def _mmdebstrap(
         limits=LIMITS,
         cwd=workspace,
         env={"HOME": str(workspace), "TMPDIR": str(temporary), "DEBIAN_FRONTEND": "noninteractive"},
-        on_line=progress.line,
+        on_line=on_line,
         job=job,
         pass_fds=pass_fds,
         no_new_privs=False,
     )
-
-
-async def _own_mounts(job: str) -> list[str]:
-    """A prefix that gives mmdebstrap its own mounts and processes, which vanish with it however it ends: as root it
-    mounts /proc, /sys and /dev in the root it makes. Nothing where that is not allowed; there it cannot mount either."""
-    prefix = ["unshare", "--mount", "--propagation=private", "--pid", "--fork", "--kill-child", "--mount-proc"]
-    with suppress(ToolFailed):
-        await run_tool([*prefix, "true"], limits=Limits(seconds=30), job=job)
-        return prefix
-    return []
