@@ -7,7 +7,7 @@ import stat
 from collections.abc import Callable
 from pathlib import Path
 
-from innkeeper.base.errors import ImageFormatUnknown, InvalidInput, NotFound
+from innkeeper.base.errors import InvalidInput, NotFound
 from innkeeper.storage.formats import qcow2, raw, vdi, vhdx, vmdk, vpc
 from innkeeper.storage.formats.header import ImageHeader, Reader
 
@@ -75,6 +75,3 @@ def open_image(path: Path) -> int:
         os.close(fd)
         raise InvalidInput(f"{str(path)!r} is not a regular file", hint="a device is copied with dd first")
     return fd
-
-
-__all__ = ["FORMATS", "ImageFormatUnknown", "inspect", "inspect_fd", "open_image"]
