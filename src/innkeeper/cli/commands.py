@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from innkeeper.cli.parser import duration, ports, size
 from innkeeper.cli.table import Argument as A
 from innkeeper.cli.table import Command as C
 
@@ -13,7 +14,9 @@ IMAGE = A(("image",), "name of the image", {"metavar": "IMAGE"}, "image")
 NO_WAIT = A(("--no-wait",), "return at once and print the operation's id", {"action": "store_true"})
 FOLLOW = A(("-f", "--follow"), "go on as more comes, until ctrl-C", {"action": "store_true"})
 FORMAT = A(("--format",), "its format, told from the file's header by default", {"choices": FORMATS})
-TIMEOUT = A(("--timeout",), "how long the guest may take, like 90s; then it fails", {"metavar": "TIME"})
+TIMEOUT = A(
+    ("--timeout",), "how long the guest may take, like 90s; then it fails", {"metavar": "TIME", "type": duration}
+)
 
 MACHINES, IMAGES, INSIDE, AS_FILES, HOST = (
     "Virtual machines",
@@ -38,11 +41,11 @@ COMMANDS: tuple[C, ...] = (
             ),
             A(("--name",), "its name, which is also its hostname; a friendly one by default", {"metavar": "N"}),
             A(("--cpus",), "vCPUs (default 2)", {"metavar": "N", "type": int}),
-            A(("--memory",), "RAM, like 2G (default 2G)", {"metavar": "SIZE"}),
+            A(("--memory",), "RAM, like 2G (default 2G)", {"metavar": "SIZE", "type": size}),
             A(
                 ("--disk",),
                 "size of the first disk, like 20G (default 20G); repeat for more disks",
-                {"metavar": "SIZE", "action": "append"},
+                {"metavar": "SIZE", "action": "append", "type": size},
             ),
             A(("--firmware",), "bios (default) or uefi", {"choices": ("bios", "uefi")}),
             A(
@@ -59,7 +62,7 @@ COMMANDS: tuple[C, ...] = (
             A(
                 ("--publish", "-p"),
                 "host port that leads into the guest: [ADDRESS:]HOST:GUEST[/udp]; may be repeated",
-                {"metavar": "PORTS", "action": "append"},
+                {"metavar": "PORTS", "action": "append", "type": ports},
             ),
             A(("--nic",), "user: NAT (default); none: cable not plugged in", {"choices": ("user", "none")}),
             A(
@@ -185,7 +188,7 @@ COMMANDS: tuple[C, ...] = (
                 {"metavar": "K[=V]", "action": "append"},
             ),
             A(("--cwd",), "folder to run in", {"metavar": "FOLDER"}),
-            A(("--timeout",), "kill it after this time, like 90s", {"metavar": "TIME"}),
+            A(("--timeout",), "kill it after this time, like 90s", {"metavar": "TIME", "type": duration}),
             A(("-n", "--no-stdin"), "do not read stdin", {"action": "store_true"}),
         ),
         (

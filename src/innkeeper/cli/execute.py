@@ -8,7 +8,6 @@ from argparse import Namespace
 from collections.abc import Iterable
 from typing import BinaryIO
 
-from innkeeper.base.units import parse_duration
 from innkeeper.cli import terminal
 from innkeeper.cli.parser import usage_error
 from innkeeper.client import Innkeeper
@@ -20,8 +19,7 @@ def execute(inn: Innkeeper, args: Namespace) -> int:
         raise usage_error(args, f"no command: inn exec {args.vm} -- COMMAND…")
     stdin = None if args.no_stdin else _stdin()
     env = environment(args, args.env or ())
-    timeout = parse_duration(args.timeout) if args.timeout else None
-    options = {"stdin": stdin, "env": env, "cwd": args.cwd, "timeout": timeout}
+    options = {"stdin": stdin, "env": env, "cwd": args.cwd, "timeout": args.timeout}
     vm = inn.vm(args.vm)
     if args.output == "json":
         result = vm.exec(args.argv, **options)

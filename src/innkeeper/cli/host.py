@@ -39,14 +39,13 @@ def page(facts: dict[str, Any]) -> list[tuple[str, Any]]:
 
 def _machine(facts: dict[str, Any]) -> list[tuple[str, Any]]:
     under = facts.get("virtualized_by")
-    kernel = f"Linux {facts.get('kernel', '')}, {facts.get('arch', '')}"
-    rows: list[tuple[str, Any]] = [
-        ("Host", [(str(facts.get("hostname", "")), "bold"), f"  {facts.get('os', '')}", (f"  {kernel}", "dim")])
-    ]
+    details = [f"Linux {facts.get('kernel', '')}", str(facts.get("arch", ""))]
     if under:
-        by = "another hypervisor" if under == "unknown" else under
-        rows.append(("", (f"itself a virtual machine, under {by}", "dim")))
-    return rows
+        details.append(f"itself a virtual machine under {'another hypervisor' if under == 'unknown' else under}")
+    return [
+        ("Host", [(str(facts.get("hostname", "")), "bold"), f"  {facts.get('os', '')}"]),
+        ("", (", ".join(details), "dim")),
+    ]
 
 
 def _cpu(cpu: dict[str, Any], capacity: dict[str, Any]) -> list[tuple[str, Any]]:
@@ -77,11 +76,11 @@ def _memory(memory: dict[str, Any], capacity: dict[str, Any]) -> list[tuple[str,
         (
             "Memory",
             [
-                *terminal.bar([(used / total, _heat(used / total))]),
+                *_bar(used / total, _heat(used / total)),
                 f"  {format_size(used)} used of {format_size(total)}, {format_size(available)} available",
             ],
         ),
-        ("", _promise(promised / total, f"{format_size(promised)} promised to running VMs")),
+        ("", _promise(promised / total, f"{format_size(promised)} promised to VMs")),
     ]
     if swap := int(memory.get("swap_total") or 0):
         taken = swap - int(memory.get("swap_free") or 0)
@@ -99,7 +98,10 @@ def _pool(capacity: dict[str, Any]) -> list[tuple[str, Any]]:
         return []
     used = (total - free) / total
     text = f"  {format_size(total - free)} used of {format_size(total)}, {format_size(free)} free"
-    rows: list[tuple[str, Any]] = [("Pool", [*terminal.bar([(used, _heat(used))]), text])]
+    rows: list[tuple[str, Any]] = [("Pool", [*_bar(used, _heat(used)), text])]
+    promised = int(capacity.get("pool_promised") or 0)
+    if promised:
+        rows.append(("", _promise(promised / total, f"{format_size(promised)} promised to disks")))
     if path := capacity.get("pool"):
         rows.append(("", (str(path), "dim")))
     return rows
@@ -149,8 +151,12 @@ def _tools(tools: dict[str, Any]) -> list[tuple[str, Any]]:
 
 def _promise(fraction: float, text: str) -> list[Cell]:
     """What guests were promised, against what there is."""
-    over: list[Cell] = [(f": {fraction:.1f}× what there is", "yellow")] if fraction > 1 else []
-    return [*terminal.bar([(min(fraction, 1.0), "yellow" if over else "blue")]), f"  {text}", *over]
+    over: list[Cell] = [(f", {fraction:.1f}× overcommitted", "yellow")] if fraction > 1 else []
+    return [*_bar(min(fraction, 1.0), "yellow" if over else "blue"), f"  {text}", *over]
+
+
+def _bar(fraction: float, style: str) -> list[Cell]:
+    return terminal.bar([(fraction, style)], 24 if terminal.width() >= 100 else 16)
 
 
 def _heat(fraction: float) -> str:

@@ -24,6 +24,8 @@ def launch(inn: Innkeeper, args: Namespace) -> int:
     """Make the spec, begin, follow, and say how to get in."""
     if not args.image and not args.iso:
         raise usage_error(args, "name an image to start from, or a disc with --iso (images: inn image ls)")
+    if args.nic == "none" and args.publish:
+        raise usage_error(args, "--publish needs a network card whose cable is plugged in: drop --nic none")
     if args.iso and not Path(args.iso).is_file():
         raise usage_error(args, f"--iso {args.iso}: there is no such file")
     keys, private = _keys(inn, args)

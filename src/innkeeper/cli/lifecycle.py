@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from argparse import Namespace
 
-from innkeeper.base.units import parse_duration
 from innkeeper.cli.progress import conclude_all
 from innkeeper.client import Innkeeper
 
 
 def _act(inn: Innkeeper, args: Namespace, action: str, said: str) -> int:
-    timeout = getattr(args, "timeout", None)
-    seconds = parse_duration(timeout) if timeout else None
+    timeout: float | None = getattr(args, "timeout", None)
     force = bool(getattr(args, "force", False))
     return conclude_all(
         args,
         args.vms,
-        lambda name: inn.vm(name).act(action, force=force, timeout=seconds),
+        lambda name: inn.vm(name).act(action, force=force, timeout=timeout),
         lambda operation: f"{operation.target}: {operation.text}" if operation.idle else f"{operation.target} {said}",
     )
 

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import NoReturn
+from collections.abc import Callable
+from typing import NoReturn, TypeVar
 
 from innkeeper.base.errors import InvalidInput
+from innkeeper.base.units import parse_duration, parse_size
 from innkeeper.cli.table import Argument, Command
+from innkeeper.client.wishes import parse_publish
+
+T = TypeVar("T")
 
 USAGE = 2
 """Exit status for a command line that cannot be understood."""
@@ -65,6 +70,29 @@ def usage_error(args: argparse.Namespace, message: str) -> InvalidInput:
 
 class UsageError(InvalidInput):
     """The words of a command do not fit together."""
+
+
+def size(text: str) -> int:
+    """An argument like `2G`, as bytes."""
+    return _checked(parse_size, text)
+
+
+def duration(text: str) -> float:
+    """An argument like `90s`, as seconds."""
+    return _checked(parse_duration, text)
+
+
+def ports(text: str) -> str:
+    """An argument like `8080:80`, looked through."""
+    _checked(parse_publish, text)
+    return text
+
+
+def _checked(parse: Callable[[str], T], text: str) -> T:
+    try:
+        return parse(text)
+    except InvalidInput as error:
+        raise argparse.ArgumentTypeError(f"{error.detail}; {error.hint}") from None
 
 
 def all_arguments(command: Command) -> tuple[Argument, ...]:

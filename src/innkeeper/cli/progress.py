@@ -28,8 +28,9 @@ INTERRUPTED = 130
 def follow(operation: Operation) -> Operation:
     """Wait for the end, showing progress. Raises `ApiError` when it failed. Ctrl-C leaves it running and exits."""
     try:
-        if not operation.ended:
-            operation.poll(GLANCE)
+        end = time.monotonic() + GLANCE
+        while not operation.ended and (left := end - time.monotonic()) > 0:
+            operation.poll(left)
         if not operation.ended:
             show = _Live(operation) if terminal.interactive(sys.stderr) else _Plain(operation)
             show.run()
@@ -161,7 +162,7 @@ class _Live:
         self._began.setdefault(operation.step, now)
 
     def _render(self) -> RenderableType:
-        from rich.progress_bar import ProgressBar
+        from rich.console import Group
         from rich.table import Table
         from rich.text import Text
 
@@ -173,6 +174,9 @@ class _Live:
         grid.add_column(min_width=10, no_wrap=True)
         grid.add_column(justify="right", width=6, no_wrap=True)
         grid.add_column(no_wrap=True, overflow="ellipsis")
+        title = Text.assemble(
+            (operation.kind.replace("-", " "), "dim"), " ", (terminal.clean(operation.target), "bold")
+        )
         last = len(steps) if operation.state == "done" else at + 1
         for index, step in enumerate(steps[:last]):
             name = step.replace("-", " ")
@@ -183,18 +187,20 @@ class _Live:
             elapsed = Text(_clock(now - self._began.get(step, now)), "dim")
             what = Text(terminal.clean(operation.text), "dim")
             if operation.state == "running":
-                row = Table.grid(padding=(0, 1))
-                if operation.fraction is not None:
-                    bar = ProgressBar(total=1.0, completed=operation.fraction, width=24)
-                    row.add_row(bar, Text(f"{operation.fraction:4.0%}"), what)
-                else:
-                    row.add_row(what)
+                row = Text.assemble(*_bar(operation.fraction), what, no_wrap=True, overflow="ellipsis")
                 grid.add_row(self._spinner, Text(name, "bold"), elapsed, row)
             elif operation.state == "undoing":
                 grid.add_row(self._spinner, Text(name, "bold"), elapsed, Text("undoing what was done", "yellow"))
             else:
                 grid.add_row(Text("✗", "red"), Text(name, "bold"), elapsed, "")
-        return grid
+        return Group(title, grid)
+
+
+def _bar(fraction: float | None, length: int = 20) -> list[tuple[str, str]]:
+    if fraction is None:
+        return []
+    full = round(min(1.0, max(0.0, fraction)) * length)
+    return [("━" * full, "cyan"), ("━" * (length - full), "dim"), (f" {fraction:4.0%}  ", "")]
 
 
 def _clock(seconds: float | None) -> str:

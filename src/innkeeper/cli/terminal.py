@@ -83,26 +83,23 @@ def emit_json(document: Any, *, line: bool = False) -> None:
 
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[Cell]]) -> str:
-    """Aligned columns. An empty column is left out; the last is cut to the terminal's width."""
+    """Aligned columns. An empty column is left out; the last, where the terminal has no room for it, goes below its
+    row."""
     cells = [[(clean(c), "") if isinstance(c, str) else (clean(c[0]), c[1]) for c in row] for row in rows]
     kept = [i for i in range(len(heads)) if not cells or any(row[i][0] for row in cells)]
     wide = {i: max([len(heads[i]), *(len(row[i][0]) for row in cells)]) for i in kept}
     limit = width()
+    below = kept.pop() if sum(wide[i] + 2 for i in kept) - 2 > limit and len(kept) > 2 else None
 
     def line(row: Sequence[tuple[str, str]]) -> str:
-        parts: list[str] = []
-        used = 0
-        for i in kept:
-            text, style = row[i]
-            if i == kept[-1]:
-                text = text if len(text) <= limit - used else text[: max(0, limit - used - 1)] + "…"
-                parts.append(paint(text, style) if text else "")
-            else:
-                parts.append(paint(text, style) + " " * (wide[i] - len(text) + 2))
-                used += wide[i] + 2
-        return "".join(parts).rstrip()
+        texts = "".join(paint(row[i][0], row[i][1]) + " " * (wide[i] - len(row[i][0]) + 2) for i in kept).rstrip()
+        if below is None or not row[below][0]:
+            return texts
+        text, style = row[below]
+        return texts + "\n" + paint("  └ " + (text if len(text) <= limit - 4 else text[: limit - 5] + "…"), style)
 
-    return "\n".join([line([(head, "dim") for head in heads]), *(line(row) for row in cells)])
+    first = [(head if i != below else "", "dim") for i, head in enumerate(heads)]
+    return "\n".join([line(first), *(line(row) for row in cells)])
 
 
 def page(rows: Iterable[tuple[str, Cell | Sequence[Cell]]]) -> str:
