@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from innkeeper.base.errors import ActionRefused
 from innkeeper.cli import terminal
 from innkeeper.client import Innkeeper
 from innkeeper.client.vm import VM
@@ -25,6 +26,9 @@ TAIL = 24
 def console(inn: Innkeeper, args: Namespace) -> int:
     """Connect keyboard and screen. The terminal's settings come back however this ends."""
     vm = inn.vm(args.vm)
+    answer = vm.info["allowed_actions"]["console"]
+    if not answer["allowed"]:
+        raise ActionRefused(f"{args.vm}: {answer['reason']}", hint=answer.get("hint") or "")
     with vm.console() as link:
         where = terminal.clean(args.vm)
         terminal.note(f"the serial console of {where}; ctrl-] leaves")

@@ -42,9 +42,14 @@ def _machine(facts: dict[str, Any]) -> list[tuple[str, Any]]:
     details = [f"Linux {facts.get('kernel', '')}", str(facts.get("arch", ""))]
     if under:
         details.append(f"itself a virtual machine under {'another hypervisor' if under == 'unknown' else under}")
+    capacity = facts.get("capacity") or {}
     return [
         ("Host", [(str(facts.get("hostname", "")), "bold"), f"  {facts.get('os', '')}"]),
         ("", (", ".join(details), "dim")),
+        (
+            "Guests",
+            f"{capacity['vms_running']} running of {_count(capacity['vms'], 'VM')}" if capacity.get("vms") else "",
+        ),
     ]
 
 
@@ -150,7 +155,9 @@ def _tools(tools: dict[str, Any]) -> list[tuple[str, Any]]:
 
 
 def _promise(fraction: float, text: str) -> list[Cell]:
-    """What guests were promised, against what there is."""
+    """What guests were promised, against what there is; nothing where nothing was."""
+    if not fraction:
+        return []
     over: list[Cell] = [(f", {fraction:.1f}× overcommitted", "yellow")] if fraction > 1 else []
     return [*_bar(min(fraction, 1.0), "yellow" if over else "blue"), f"  {text}", *over]
 

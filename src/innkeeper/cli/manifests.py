@@ -171,21 +171,16 @@ def _at(document: Document, field: str, problem: str) -> InvalidInput:
 
 
 def _located(error: ApiError, documents: list[Document]) -> InnkeeperError:
-    """The daemon's `documents.1.nics.0.mac` as file and line."""
+    """The daemon's «document 1, field nics.0.mac» as file and line."""
+    index = error.facts.get("document")
+    if not isinstance(index, int) or not 0 <= index < len(documents) or not error.fields:
+        return error
+    document = documents[index]
     lines: list[str] = []
     for field, problem in error.fields:
-        parts = field.split(".")
-        if parts and parts[0] == "body":
-            parts = parts[1:]
-        if len(parts) >= 2 and parts[0] == "documents" and parts[1].isdigit() and int(parts[1]) < len(documents):
-            document = documents[int(parts[1])]
-            rest = parts[2:]
-            if rest and rest[0] in ("vm", "image") and rest[0] not in document.content:
-                rest = rest[1:]  # the tag of the union, which is not in the file
-            inner = ".".join(rest)
-            lines.append(f"{document.file}:{document.line(inner)}: {inner + ': ' if inner else ''}{problem}")
-    if not lines or len(lines) < len(error.fields):
-        return error
+        kind, _, rest = field.partition(".")
+        inner = rest if kind in ("vm", "image") else field  # the tag of the union is not in the file
+        lines.append(f"{document.file}:{document.line(inner)}: {inner + ': ' if inner else ''}{problem}")
     return InvalidInput("\n".join(lines), hint=error.hint)
 
 

@@ -12,6 +12,9 @@ from innkeeper.base.units import parse_duration, parse_size
 from innkeeper.cli.table import Argument, Command
 from innkeeper.client.wishes import parse_publish
 
+LONGEST_USAGE = 120
+"""Characters of usage that still help when something is wrong; beyond, `--help` does."""
+
 T = TypeVar("T")
 
 USAGE = 2
@@ -25,7 +28,9 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         usage = " ".join(self.format_usage().split())
-        sys.stderr.write(f"inn: {message}\n  {usage}\n  more: {self.prog} --help\n")
+        if len(usage) > LONGEST_USAGE:
+            usage = ""
+        sys.stderr.write(f"inn: {message}\n" + (f"  {usage}\n" if usage else "") + f"  → {self.prog} --help\n")
         raise SystemExit(USAGE)
 
 

@@ -2,8 +2,8 @@
 
 Why not a library: `inn ls` must feel instant, and importing a client costs more than the whole request
 (measured beyond a bare interpreter: socket + json 12 ms, `http.client` 45 ms, `httpx2` 136 ms). One request per
-connection over a local socket needs no pool, no TLS, no redirects and no cookies. Requests are HTTP/1.0, so that an
-answer ends with its connection; only a body of unknown length is sent chunked, which needs HTTP/1.1 (RFC 9112, 7.1).
+connection over a local socket needs no pool, no TLS, no redirects and no cookies. HTTP/1.1 rather than 1.0, because a
+stream then comes in chunks (RFC 9112, 7.1), whose missing end tells a broken stream from a finished one.
 """
 
 from __future__ import annotations
@@ -151,7 +151,7 @@ def request(
         length = len(body)
     chunked = body is not None and length is None
     head = [
-        f"{method} {_target(target, query)} HTTP/1.{1 if chunked else 0}",
+        f"{method} {_target(target, query)} HTTP/1.1",
         "Host: innkeeper",
         "Connection: close",
     ]
