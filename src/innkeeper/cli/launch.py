@@ -94,7 +94,7 @@ def _said(inn: Innkeeper, operation: Operation) -> str:
     ways = []
     if vm["state"] == "stopped":
         ways.append(f"inn start {name}")
-    elif vm.get("ssh_port"):
+    elif inn.vm(name).has_ssh:
         ways.append(f"inn ssh {name}")
     elif vm.get("agent"):
         ways.append(f"inn exec {name} -- COMMAND")

@@ -71,15 +71,16 @@ def forward(one: dict[str, Any]) -> str:
 
 
 def info(inn: Innkeeper, args: Namespace) -> int:
-    vm = inn.vm(args.vm).info
+    vm = inn.vm(args.vm)
+    document = vm.info
     if args.output == "json":
-        terminal.emit_json(vm)
+        terminal.emit_json(document)
     else:
-        terminal.say(terminal.page(_page(vm)))
+        terminal.say(terminal.page(_page(document, vm.has_ssh)))
     return 0
 
 
-def _page(vm: dict[str, Any]) -> list[tuple[str, Any]]:
+def _page(vm: dict[str, Any], ssh: bool) -> list[tuple[str, Any]]:
     spec = vm.get("spec") or {}
     since = format_age(age(vm["since"])) if vm.get("since") else ""
     state: list[Cell] = [
@@ -107,7 +108,7 @@ def _page(vm: dict[str, Any]) -> list[tuple[str, Any]]:
         ("Machine", " · ".join(filter(None, (machine.get("type"), machine.get("cpu"), kind)))),
     ]
     rows += _disks(vm)
-    rows += _network(vm, spec)
+    rows += _network(vm, spec, ssh)
     rows += [
         ("ISO", spec.get("iso") or ""),
         ("Agent", "answers" if vm.get("agent") else ""),
@@ -129,7 +130,7 @@ def _disks(vm: dict[str, Any]) -> list[tuple[str, Any]]:
     return lines
 
 
-def _network(vm: dict[str, Any], spec: dict[str, Any]) -> list[tuple[str, Any]]:
+def _network(vm: dict[str, Any], spec: dict[str, Any], ssh: bool) -> list[tuple[str, Any]]:
     lines: list[tuple[str, Any]] = []
     for index, nic in enumerate(spec.get("nics") or ()):
         mode = {"user": "user-mode NAT", "none": "cable not plugged in"}.get(nic.get("mode", ""), nic.get("mode", ""))
@@ -137,7 +138,7 @@ def _network(vm: dict[str, Any], spec: dict[str, Any]) -> list[tuple[str, Any]]:
         lines.append(("" if index else "Network", " · ".join(str(part) for part in parts if part)))
     for index, one in enumerate(forwards(vm)):
         address, protocol = one.get("address") or "127.0.0.1", one.get("protocol") or "tcp"
-        purpose = "  inn ssh " + vm["name"] if one["guest"] == 22 and protocol == "tcp" else ""
+        purpose = "  inn ssh " + vm["name"] if ssh and one["host"] == vm.get("ssh_port") else ""
         lines.append(
             (
                 "" if index else "Ports",

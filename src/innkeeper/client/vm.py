@@ -205,6 +205,16 @@ class VM:
         document: dict[str, Any] = self._innkeeper.call("GET", self._path("/ssh"))
         return document
 
+    @property
+    def has_ssh(self) -> bool:
+        """Whether `ssh` would answer: the image has an SSH server that Innkeeper knows of, and a port leads to it."""
+        try:
+            return bool(self.ssh())
+        except ApiError as error:
+            if error.code == "unsupported":
+                return False
+            raise
+
     def export(self) -> dict[str, Any]:
         """Its manifest, as `Innkeeper.apply` takes it; without secrets."""
         document: dict[str, Any] = self._innkeeper.call("GET", self._path("/export"))
