@@ -6,7 +6,7 @@ import asyncio
 import builtins
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from time import monotonic
 from typing import Any
 
@@ -25,6 +25,8 @@ PROGRESS_EVERY = 0.4
 """Seconds between two progress reports that reach the store."""
 KEPT = 500
 """Ended operations kept."""
+STORE_RETRY = 1.0
+"""Seconds between two attempts at a store that fails."""
 
 Action = Callable[["Context"], Awaitable[None]]
 
@@ -58,6 +60,7 @@ class Context:
 
     world: World
     operation: str
+    kind: str
     target: dict[str, Any]
     args: dict[str, Any]
     data: dict[str, Any]
@@ -65,7 +68,6 @@ class Context:
     save: Callable[[], Awaitable[None]]
     report: Callable[[float | None, str], None]
     """Progress of this step: a fraction of 0..1 or None, and a few words."""
-    finishing: list[Callable[[], Awaitable[None]]] = field(default_factory=list)
 
 
 class Engine:
@@ -78,6 +80,9 @@ class Engine:
         self._fault = fault or Fault()
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._cancelled: set[str] = set()
+        self._reports: set[asyncio.Task[None]] = set()
+        self._interruptible: set[str] = set()
+        """Operations that are in a `do`: never an undo or an end, which a cancel must not break off."""
 
     # --- what the API calls ---
 
@@ -158,11 +163,15 @@ class Engine:
             raise ActionRefused(f"operation {operation} has ended already ({view['state']})")
         if not self._verbs[view["kind"]].cancellable:
             raise ActionRefused(f"{view['kind']} cannot be undone half-way, so it cannot be cancelled")
-        task = self._tasks.get(operation)
-        if task is not None and view["state"] == "running" and operation not in self._cancelled:
+        if view["state"] == "running" and operation not in self._cancelled:
             self._cancelled.add(operation)
-            await self._change(operation, {"cancel_requested": True})
-            task.cancel()
+            try:
+                await self._change(operation, {"cancel_requested": True})
+            except BaseException:
+                self._cancelled.discard(operation)
+                raise
+            if operation in self._interruptible:  # it may have gone on, or ended, while that was written
+                self._tasks[operation].cancel()
         return await self.get(operation)
 
     # --- the daemon's life ---
@@ -179,7 +188,7 @@ class Engine:
         tasks, self._tasks = list(self._tasks.values()), {}
         for task in tasks:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*tasks, *self._reports, return_exceptions=True)
 
     # --- running ---
 
@@ -194,39 +203,66 @@ class Engine:
         journal = document.value
         verb = self._verbs[journal["kind"]]
         ctx = self._context(journal)
-        error = journal["error"]
-        index = journal["index"]
-        try:
-            if journal["state"] == "running" and not journal["cancel_requested"]:
-                while index < len(verb.steps):
-                    await self._do(ctx, verb, index)
-                    index += 1
+        index, error = journal["index"], journal["error"]
+        if journal["state"] == "running":
+            if journal["cancel_requested"]:
+                error = _cancelled(verb, ctx)
+            else:
+                index, error = await self._forward(ctx, verb, index)
+            if error is None:
                 await self._end(ctx, "done", None)
                 return
-            error = error or Cancelled("cancelled").document()
-        except asyncio.CancelledError:
-            if operation not in self._cancelled:
-                raise  # the daemon is leaving
-            error = Cancelled(f"{verb.kind} of {ctx.target['name']} was cancelled").document()
-        except Exception as failure:
-            error = _problem(failure)
-            if index < len(verb.steps) and verb.steps[index].keep:
+            if index < len(verb.steps) and verb.steps[index].keep and error["code"] != "cancelled":
                 await self._end(ctx, "failed", error)
                 return
-        if document.value["state"] == "running":
             await self._persist(ctx, {"state": "undoing", "error": error})
-        for step in reversed(verb.steps[: index + 1]):
+        left = [step.name for step in reversed(verb.steps[: index + 1]) if not await self._undo(ctx, verb, step)]
+        if left:
+            error = error | {"facts": error["facts"] | {"not_undone": left}}
+        await self._end(ctx, "cancelled" if error["code"] == "cancelled" else "failed", error)
+
+    async def _forward(self, ctx: Context, verb: Verb, index: int) -> tuple[int, Value | None]:
+        """Do the steps from `index` on. Returns the step it came to, and why it went no further if it did not."""
+        self._interruptible.add(ctx.operation)
+        try:
+            while index < len(verb.steps):
+                if ctx.operation in self._cancelled:
+                    return index, _cancelled(verb, ctx)
+                await self._do(ctx, verb, index)
+                index += 1
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            assert task is not None
+            if ctx.operation in self._cancelled and task.uncancel() == 0:
+                return index, _cancelled(verb, ctx)
+            if task.cancelling():
+                raise  # the daemon is leaving
+            return index, _problem(RuntimeError("something that the step waited for was cancelled"))
+        except Exception as failure:
+            return index, _problem(failure)
+        finally:
+            self._interruptible.discard(ctx.operation)
+        return index, None
+
+    async def _undo(self, ctx: Context, verb: Verb, step: Step) -> bool:
+        """Undo one step, for as long as only the store is in the way. False when it cannot be undone."""
+        while True:
             try:
                 await self._fault(verb.kind, step.name, "undo")
                 await step.undo(ctx)
+                return True
+            except StoreFailed as error:
+                log.error("the store fails while undoing; trying again", step=step.name, error=str(error))
+                await asyncio.sleep(STORE_RETRY)
             except Exception:
-                log.exception("undo failed", operation=operation, step=step.name)
-        await self._end(ctx, "cancelled" if error["code"] == "cancelled" else "failed", error)
+                log.exception("undo failed", operation=ctx.operation, step=step.name)
+                return False
 
     async def _do(self, ctx: Context, verb: Verb, index: int) -> None:
         step = verb.steps[index]
         progress = {"fraction": None, "text": ""}
-        await self._change(ctx.operation, {"index": index, "data": ctx.data, "progress": progress})
+        done = {"data": ctx.data, "result": ctx.result, "target": ctx.target}
+        await self._change(ctx.operation, {"index": index, "progress": progress} | done)
         again = await self._fault(verb.kind, step.name, "before")
         await step.do(ctx)
         if again:
@@ -236,7 +272,6 @@ class Engine:
     def _context(self, journal: Value) -> Context:
         operation = journal["id"]
         last = 0.0
-        pending: set[asyncio.Task[None]] = set()
 
         def report(fraction: float | None, text: str) -> None:
             nonlocal last
@@ -246,8 +281,8 @@ class Engine:
             task = asyncio.ensure_future(
                 self._try_change(operation, {"progress": {"fraction": fraction, "text": text}})
             )
-            pending.add(task)
-            task.add_done_callback(pending.discard)
+            self._reports.add(task)
+            task.add_done_callback(self._reports.discard)
 
         async def save() -> None:
             await self._change(
@@ -255,23 +290,24 @@ class Engine:
             )
 
         ctx = Context(
-            self._world, operation, dict(journal["target"]), journal["args"], dict(journal["data"]),
+            self._world, operation, journal["kind"], dict(journal["target"]), journal["args"], dict(journal["data"]),
             dict(journal["result"]), save, report,
         )  # fmt: skip
         return ctx
 
     async def _end(self, ctx: Context, state: str, error: Value | None) -> None:
+        """Record the end and let go of what was held, in one transaction; what comes after is a courtesy."""
         await self._persist(ctx, {"state": state, "error": error, "ended": now()}, release=True)
         self._cancelled.discard(ctx.operation)
-        kind = (await self.get(ctx.operation))["kind"]
         if error and state == "failed":
             await self._world.events.append(
-                "operation.failed", f"{kind} of {ctx.target['name']} failed: {error['detail']}",
+                "operation.failed", f"{ctx.kind} of {ctx.target['name']} failed: {error['detail']}",
                 target=ctx.target, level="error", operation=ctx.operation,
             )  # fmt: skip
-        for action in ctx.finishing:
-            await action()
-        await self._forget_old()
+        try:
+            await self._forget_old()
+        except InnkeeperError as failure:
+            log.warning("old operations were not forgotten", error=str(failure))
 
     async def _persist(self, ctx: Context, fields: Value, release: bool = False) -> None:
         """Write the journal, waiting for the store as long as it takes: an end must not be lost."""
@@ -282,7 +318,11 @@ class Engine:
                 return
             except StoreFailed as error:
                 log.error("the journal cannot be written; trying again", error=str(error))
-                await asyncio.sleep(1)
+                await asyncio.sleep(STORE_RETRY)
+            except (TypeError, ValueError):
+                # A step left something that is not JSON: a bug, and no reason to hold a VM for ever.
+                log.exception("what a step left cannot be journalled", operation=ctx.operation)
+                fields = {key: value for key, value in fields.items() if key not in ("data", "target", "result")}
 
     async def _try_change(self, operation: str, fields: Value) -> None:
         try:
@@ -311,7 +351,7 @@ class Engine:
                 continue
 
     async def _forget_old(self) -> None:
-        ended = [o for o in await self.list() if o["ended"]]
+        ended = sorted((o for o in await self.list() if o["ended"]), key=lambda o: str(o["ended"]), reverse=True)
         if len(ended) > KEPT + 50:
             await self._store.transact({_key(o["id"]): None for o in ended[KEPT:]})
 
@@ -336,6 +376,10 @@ def _view(journal: Value, revision: int) -> Value:
         "revision": revision,
         "step": steps[min(journal["index"], len(steps) - 1)],
     }
+
+
+def _cancelled(verb: Verb, ctx: Context) -> Value:
+    return Cancelled(f"{verb.kind} of {ctx.target['name']} was cancelled").document()
 
 
 def _problem(failure: Exception) -> Value:

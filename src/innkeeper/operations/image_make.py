@@ -24,7 +24,7 @@ from innkeeper.operations.vm_create import check_room
 from innkeeper.spec.image import Image
 from innkeeper.spec.recipe import load_recipe
 from innkeeper.storage.build import Built, build
-from innkeeper.storage.convert import convert
+from innkeeper.storage.convert import convert, stage
 from innkeeper.storage.download import download
 from innkeeper.storage.formats.detect import inspect
 from innkeeper.store.contract import Value
@@ -91,15 +91,17 @@ async def make_from_download(ctx: Context) -> None:
 
 
 async def make_from_file(ctx: Context) -> None:
-    """Check the header, then convert to qcow2 with nothing probed. The source stays as it is."""
+    """A private copy, its header checked, then converted to qcow2 with nothing probed. The source stays as it is."""
     pulled = ctx.args["how"] == "pull"
     workspace = ctx.world.home.workspace(ctx.operation) if pulled else await _workspace(ctx)
-    source = workspace / "download" if pulled else Path(ctx.args["path"])
-    header = inspect(source, ctx.args.get("format"))
-    target = workspace / "disk.qcow2"
+    source, target = workspace / "download", workspace / "disk.qcow2"
     target.unlink(missing_ok=True)
-    await convert(source, header, target, job=ctx.operation, report=ctx.report, user=errand_uid())
-    (workspace / "download").unlink(missing_ok=True)
+    if not pulled:
+        await stage(Path(ctx.args["path"]), source, report=ctx.report)
+    header = inspect(source, ctx.args.get("format"))
+    home = str(ctx.world.home.data)
+    await convert(source, header, target, job=ctx.operation, report=ctx.report, user=errand_uid(), home=home)
+    source.unlink()
     origin = {"url": ctx.args["url"], "sha256": ctx.args["sha256"]} if pulled else {"file": ctx.args["path"]}
     ctx.data["image_fields"] = {
         "kind": "disk", "files": {"disk": "disk.qcow2"}, "format": "qcow2", "cmdline": "",

@@ -78,19 +78,15 @@ async def read_file(agent: Agent, path: str) -> AsyncIterator[bytes]:
 
 async def _fill(agent: Agent, path: str, chunks: AsyncIterator[bytes]) -> int:
     handle = await open_file(agent, path, "w")
-    pending: list[asyncio.Task[None]] = []
     count = 0
     try:
+        # One at a time: over virtio-serial a second block on its way while the first is answered stalls the channel.
         async for block in _blocks(chunks):
+            await _write_block(agent, handle, block)
             count += len(block)
-            pending.append(asyncio.create_task(_write_block(agent, handle, block)))
-            if len(pending) > AHEAD:
-                await pending.pop(0)
-        while pending:
-            await pending.pop(0)
         await agent.call("guest-file-flush", {"handle": handle})  # "no space left" is told here, not by close
     finally:
-        await _close(agent, handle, pending)
+        await _close(agent, handle, ())
     return count
 
 

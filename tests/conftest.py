@@ -1,0 +1,188 @@
+"""Fixtures: a golden image built once for the whole run, real daemons on folders of their own, real guests."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from innkeeper.base.home import Home
+from innkeeper.client import Innkeeper
+from innkeeper.operations.image_make import _digest, _fields
+from innkeeper.qemu.process import Pid, find
+from innkeeper.spec.image import Image
+from innkeeper.spec.recipe import load_recipe
+from innkeeper.storage.build import build, recipe_digest
+from innkeeper.store.sqlite import SQLiteStore
+
+CACHE = Path(tempfile.gettempdir()) / f"innkeeper-test-images-{os.geteuid()}"
+
+
+def built_image(name: str) -> tuple[Path, dict]:
+    """The folder and the record of an image, built at most once per recipe: by whichever worker comes first."""
+    recipe = load_recipe(name)
+    folder = CACHE / f"{name}-{recipe_digest(recipe)[:16]}"
+    CACHE.mkdir(mode=0o711, exist_ok=True)
+    with (CACHE / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            work = Path(tempfile.mkdtemp(dir=CACHE))
+            try:
+                built = asyncio.run(build(recipe, work, job="tests", report=lambda fraction, text: None))
+                digests = {file: _digest(work / file) for file in built.files.values()}
+                (work / "image.json").write_text(json.dumps(_fields(built) | {"digests": digests}))
+                work.chmod(0o711)
+                for file in built.files.values():
+                    (work / file).chmod(0o644)
+                work.rename(folder)
+            except BaseException:
+                shutil.rmtree(work, ignore_errors=True)
+                raise
+    return folder, json.loads((folder / "image.json").read_text())
+
+
+class Daemon:
+    """A real innkeeperd on a folder of its own."""
+
+    def __init__(self, folder: Path, pool: Path | None = None) -> None:
+        self.home = Home(folder, folder / "run", pool or folder)
+        self.inn = Innkeeper(self.home.socket)
+        self.process: subprocess.Popen[bytes] | None = None
+        self._pool = pool
+
+    def add_image(self, name: str) -> None:
+        """Have an image that is built already; only while no daemon runs."""
+        source, fields = built_image(name)
+        image_id = f"{name.replace('-', '')}00000000000"[:12]
+        target = self.home.image(image_id)
+        shutil.copytree(source, target, copy_function=_link)
+        target.chmod(0o711)
+        image = Image(id=image_id, name=name, stored_size=1, created="2026-01-01T00:00:00.000Z", **fields)
+
+        async def record() -> None:
+            store = SQLiteStore(self.home.store)
+            await store.transact(
+                {
+                    f"image/{image_id}": image.model_dump(mode="json") | {"operation": None},
+                    f"name/image/{name}": {"id": image_id},
+                }
+            )
+            await store.close()
+
+        self.home.data.mkdir(parents=True, exist_ok=True)
+        asyncio.run(record())
+
+    def start(self, fault: str = "", wait: bool = True) -> Daemon:
+        """`fault` as `INNKEEPER_FAULT` (operations/fault.py)."""
+        env = os.environ | {"INNKEEPER_HOME": str(self.home.data), "INNKEEPER_FAULT": fault}
+        if self._pool:
+            env["INNKEEPER_POOL"] = str(self._pool)
+        self.home.data.mkdir(parents=True, exist_ok=True)
+        with self.home.daemon_log.open("ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "innkeeper.server.daemon"], env=env, stdout=log, stderr=log
+            )
+        if wait:
+            self.wait()
+        return self
+
+    def wait(self, seconds: float = 30) -> None:
+        """Until it answers."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            with suppress(Exception):
+                self.inn.version()
+                return
+            assert self.process is not None
+            if self.process.poll() is not None:
+                raise AssertionError(f"the daemon ended:\n{self.log()[-3000:]}")
+            time.sleep(0.02)
+        raise AssertionError(f"the daemon does not answer:\n{self.log()[-3000:]}")
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        assert self.process is not None
+        self.process.kill()
+        self.process.wait()
+
+    def stop(self) -> None:
+        """SIGTERM, and wait."""
+        assert self.process is not None
+        self.process.send_signal(signal.SIGTERM)
+        self.process.wait(30)
+
+    def log(self) -> str:
+        return self.home.daemon_log.read_text()
+
+    def qemus(self) -> dict[Pid, str]:
+        """All QEMU processes of this home, with their VM."""
+        return find(self.home)
+
+    def clean(self) -> None:
+        """End everything of this home."""
+        if self.process is not None and self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+        for pid in find(self.home):
+            with suppress(ProcessLookupError):
+                os.kill(pid.number, signal.SIGKILL)
+        deadline = time.monotonic() + 10
+        while find(self.home) and time.monotonic() < deadline:
+            time.sleep(0.02)
+
+        async def cgroups() -> None:
+            from innkeeper.qemu import cgroup
+
+            for vm in await cgroup.list_ours(self.home):
+                await cgroup.remove(self.home, vm)
+
+        asyncio.run(cgroups())
+        shutil.rmtree(self.home.data, ignore_errors=True)
+
+
+def _link(source: str, target: str) -> None:
+    os.link(source, target)
+
+
+def _folder() -> Path:
+    # QEMU's own user must be able to pass through, which pytest's private tmp_path does not allow.
+    folder = Path(tempfile.mkdtemp(prefix="inn-test-", dir=CACHE))
+    folder.chmod(0o711)
+    return folder
+
+
+@pytest.fixture
+def bare_daemon():
+    """A daemon that is not started yet, with no image: for tests of its own life."""
+    CACHE.mkdir(mode=0o711, exist_ok=True)
+    daemon = Daemon(_folder())
+    yield daemon
+    daemon.clean()
+
+
+@pytest.fixture(scope="session")
+def daemon():
+    """A running daemon with the tiny image, shared by the tests of one worker: name your own VMs and delete them."""
+    CACHE.mkdir(mode=0o711, exist_ok=True)
+    made = Daemon(_folder())
+    made.add_image("tiny")
+    made.start()
+    yield made
+    made.clean()
+
+
+@pytest.fixture(scope="session")
+def guest(daemon):
+    """A running tiny guest, shared: leave it as you found it."""
+    return daemon.inn.launch("tiny", name="shared", memory="256M", disk="1G")
