@@ -107,7 +107,10 @@ class Machine:
             if self._monitor is not None:
                 async for event in self._monitor.events():
                     with suppress(QmpFailed):
-                        await self._effects(react(self.status, event["event"], event.get("data", {}), disc=self.disc))
+                        data = event.get("data", {})
+                        if event["event"] == "STOP":
+                            data = await self._monitor.execute("query-status")
+                        await self._effects(react(self.status, event["event"], data, disc=self.disc))
             await asyncio.shield(self.process.ended)  # the connection ends a moment before the process does
         finally:
             if self.process.ended.done():
@@ -120,10 +123,10 @@ class Machine:
         if self.status.agent and not reaction.status.agent:
             await self._drop_agent()
         self.status = reaction.status
-        self._changed.set()
-        self._changed = asyncio.Event()
         if changed:
             await self._save()
+        self._changed.set()
+        self._changed = asyncio.Event()
         for news in reaction.news:
             await self._tell(news.kind, news.text, news.level)
         for effect in reaction.effects:
@@ -207,11 +210,20 @@ class Machine:
             )
         if self.disc:  # hold the guest at its restart, so that the disc is out before the firmware looks for it
             await self.monitor.execute("set-action", {"reboot": "shutdown"})
-        await self.monitor.execute("cont")
+        await self._and_seen("cont", "running")
 
     async def pause(self) -> None:
         """Stop the vCPUs."""
-        await self.monitor.execute("stop")
+        await self._and_seen("stop", "paused")
+
+    async def _and_seen(self, command: str, wanted: str) -> None:
+        """Execute a command and wait until its event has arrived and is recorded: who asks next sees the new state."""
+        changed = self._changed
+        await self.monitor.execute(command)
+        if self.status.state != wanted:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(5):
+                    await changed.wait()
 
     async def power_down(self) -> None:
         """Ask the guest to shut down, by ACPI and, where the agent listens, by the agent."""
@@ -246,10 +258,6 @@ class Machine:
             self._task.cancel()
             await asyncio.wait({self._task})
         await self._close()
-
-    async def changed(self) -> None:
-        """Wait for the next change of `status`, or the end."""
-        await self._changed.wait()
 
     @asynccontextmanager
     async def agent(self) -> AsyncIterator[Agent]:

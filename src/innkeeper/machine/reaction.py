@@ -14,6 +14,11 @@ Level = Literal["info", "warning", "error"]
 NO_SPACE = "the pool is full"
 PANICKED = "the guest's kernel panicked"
 DISK_ERROR = "a disk had an I/O error"
+QEMU_ERROR = "QEMU met an error after which the guest cannot go on; see qemu.log"
+_RESTARTING = "the guest restarts, without its disc"
+
+_STOPPED_BY = {"io-error": DISK_ERROR, "guest-panicked": PANICKED, "internal-error": QEMU_ERROR}
+"""What `query-status` says right after a STOP (RunState), where no event has told more."""
 
 
 @dataclass(frozen=True)
@@ -49,35 +54,28 @@ class Reaction:
 
 
 def react(status: Status, event: str, data: Mapping[str, Any], *, disc: bool) -> Reaction:
-    """`disc`: an ISO is in the drive, so a restart of the guest means that it is done with it."""
+    """`disc`: an ISO is in the drive, so a restart of the guest means that it is done with it.
+
+    `data` is the event's own, and for STOP, which has none, the answer of `query-status`: it tells a pause that was
+    asked for from one that befell the guest. QEMU 7.2 sends BLOCK_IO_ERROR before its STOP; newer ones limit it to one
+    a second (monitor/monitor.c), so there it may come after.
+    """
+    if event == "SHUTDOWN":
+        return _shutdown(status, str(data.get("reason", "")), disc)
+    if status.ending:  # nothing but the end of the process changes it any more
+        return Reaction(status)
     if event == "STOP":
-        if status.ending:
-            return Reaction(status)
-        reason = status.pausing
-        news = () if reason in (NO_SPACE, PANICKED, DISK_ERROR) else (News("vm.paused", "paused"),)
-        return Reaction(replace(status, state="paused", reason=reason, pausing=""), news)
+        return _stop(status, str(data.get("status", "")))
     if event == "RESUME":
         news = (News("vm.resumed", "goes on"),) if status.state == "paused" else ()
         return Reaction(replace(status, state="running", reason="", pausing=""), news)
     if event == "BLOCK_IO_ERROR" and data.get("action") == "stop":
-        full = bool(data.get("nospace"))
-        reason = NO_SPACE if full else DISK_ERROR
-        if status.pausing == reason or status.reason == reason:
-            return Reaction(status)
-        which = data.get("node-name") or data.get("device") or "a disk"
-        text = (
-            f"paused: the file system of the pool is full ({which}); it goes on by itself once there is room"
-            if full
-            else f"paused: {data.get('operation', 'access')} on {which} failed: {data.get('reason', 'unknown error')}"
-        )
-        return Reaction(replace(status, pausing=reason), (News("vm.paused", text, "error"),))
+        return _disk_error(status, data)
     if event == "GUEST_PANICKED":
         news = (
             News("vm.panicked", "paused: the guest's kernel panicked; inn logs and inn screenshot show how", "error"),
         )
         return Reaction(replace(status, pausing=PANICKED), news)
-    if event == "SHUTDOWN":
-        return _shutdown(status, str(data.get("reason", "")), disc)
     if event == "VSERPORT_CHANGE" and data.get("id") == "agent0":
         return Reaction(replace(status, agent=bool(data.get("open"))))
     if event == "RESET":
@@ -85,16 +83,51 @@ def react(status: Status, event: str, data: Mapping[str, Any], *, disc: bool) ->
     return Reaction(status)
 
 
+def _stop(status: Status, runstate: str) -> Reaction:
+    if status.pausing == _RESTARTING:
+        return Reaction(replace(status, pausing=""))
+    reason = status.pausing or _STOPPED_BY.get(runstate, "")
+    paused = replace(status, state="paused", reason=reason, pausing="")
+    if status.pausing:
+        return Reaction(paused)  # the event that told why was news already
+    return Reaction(
+        paused, (News("vm.paused", f"paused: {reason}", "error") if reason else News("vm.paused", "paused"),)
+    )
+
+
+def _disk_error(status: Status, data: Mapping[str, Any]) -> Reaction:
+    full = bool(data.get("nospace"))
+    reason = NO_SPACE if full else DISK_ERROR
+    late = status.state == "paused"
+    # A request that fails while a guest is paused for another reason is tried again, and told, when it goes on.
+    if late and (status.reason != DISK_ERROR or not full):
+        return Reaction(status)
+    if status.pausing in (reason, PANICKED):
+        return Reaction(status)
+    which = data.get("node-name") or data.get("device") or "a disk"
+    text = (
+        f"paused: the file system of the pool is full ({which}); it goes on by itself once there is room"
+        if full
+        else f"paused: {data.get('operation', 'access')} on {which} failed: {data.get('reason', 'unknown error')}"
+    )
+    known = replace(status, reason=reason) if late else replace(status, pausing=reason)
+    return Reaction(known, (News("vm.paused", text, "error"),))
+
+
 def _shutdown(status: Status, reason: str, disc: bool) -> Reaction:
+    if status.ending:
+        return Reaction(status)  # QEMU says it again when it quits; the first one told why
     if reason == "guest-reset" and disc:
         news = News("vm.ejected", "the guest restarted, so its disc was ejected: it boots from its own disk now")
-        return Reaction(replace(status, agent=False), (news,), ("eject-and-reset",))
+        known = replace(status, agent=False, pausing=_RESTARTING)  # a STOP follows, and RESUME after the reset
+        return Reaction(known, (news,), ("eject-and-reset",))
     why = {
         "guest-shutdown": "the guest shut down",
         "guest-reset": "the guest restarted",
-        "host-qmp-quit": "stopped",
+        "host-qmp-quit": "by force",
         "host-signal": "QEMU was asked to end by a signal",
         "guest-panic": PANICKED,
     }.get(reason, f"QEMU shut down ({reason})")
     effects: tuple[Literal["quit"], ...] = () if reason in ("host-qmp-quit", "host-signal") else ("quit",)
-    return Reaction(replace(status, state="stopping", ending=why, agent=False), (), effects)
+    known = replace(status, state="stopping", reason="", pausing="", ending=why, agent=False)
+    return Reaction(known, (), effects)

@@ -126,8 +126,6 @@ async def run(ctx: Context) -> None:
         raise ActionRefused(f"the QEMU of {vm['name']} ended before its guest ran", hint="see inn logs and qemu.log")
     if machine.status.state == "starting":
         await machine.run()
-        while machine.status.state == "starting" and not machine.over.done():
-            await machine.changed()
         target = {"kind": "vm", "id": vm["id"], "name": vm["name"]}
         accelerator = "KVM" if ctx.world.verdict.name == "kvm" else "software emulation"
         await ctx.world.events.append("vm.started", f"{vm['name']} runs, on {accelerator}", target=target)
