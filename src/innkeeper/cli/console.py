@@ -6,6 +6,7 @@ import os
 import select
 import sys
 import threading
+import time
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from typing import Any
 
 from innkeeper.base.errors import ActionRefused
 from innkeeper.cli import terminal
+from innkeeper.cli.logs import harmless
 from innkeeper.client import Innkeeper
 from innkeeper.client.vm import VM
 
@@ -32,8 +34,8 @@ def console(inn: Innkeeper, args: Namespace) -> int:
     with vm.console() as link:
         where = terminal.clean(args.vm)
         terminal.note(f"the serial console of {where}; ctrl-] leaves")
-        for block in vm.logs(tail=TAIL):
-            _write(block)
+        # tamed: a program in the guest may have asked the terminal something, and the answer would be typed now
+        _write(harmless(b"".join(vm.logs(tail=TAIL))))
         with _raw_terminal():
             left = _converse(link)
     terminal.note(f"\r\nleft the console of {where}" if left else f"\r\n{_why_it_ended(vm, where)}")
@@ -83,7 +85,11 @@ def _converse(link: Any) -> bool:
 def _why_it_ended(vm: VM, name: str) -> str:
     """After the other side closed: what became of the VM."""
     try:
-        info = vm.info
+        for _ in range(20):
+            info = vm.info
+            if info["state"] not in ("stopping", "running"):  # it may be about to be noticed
+                break
+            time.sleep(0.1)
     except Exception:
         return f"the console of {name} was closed, and the daemon does not answer; the guest may still run"
     if info["state"] in ("running", "paused"):

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from innkeeper.base.errors import InvalidInput
-from innkeeper.base.units import format_size
+from innkeeper.base.units import GIB, MIB, TIB, format_size
 from innkeeper.cli import terminal
 from innkeeper.cli.keys import read_public_key
 from innkeeper.cli.progress import follow, left_running
@@ -220,5 +220,18 @@ def export(inn: Innkeeper, args: Namespace) -> int:
     if args.output == "json":
         terminal.emit_json(document)
     else:
-        terminal.say(yaml.safe_dump(document, sort_keys=False, allow_unicode=True).rstrip("\n"))
+        terminal.say(yaml.safe_dump(_written(document), sort_keys=False, allow_unicode=True).rstrip("\n"))
     return 0
+
+
+def _written(value: Any, field: str = "") -> Any:
+    """A document as a person would write it: sizes like `2G`, nothing that says nothing."""
+    if isinstance(value, dict):
+        return {k: _written(v, k) for k, v in value.items() if v not in (None, "", [], {})}
+    if isinstance(value, list):
+        return [_written(one, field) for one in value]
+    if field in SIZES and isinstance(value, int):
+        for suffix, unit in (("T", TIB), ("G", GIB), ("M", MIB)):
+            if value and value % unit == 0:
+                return f"{value // unit}{suffix}"
+    return value
