@@ -290,7 +290,15 @@ COMMANDS: tuple[C, ...] = (
         ("inn image pull https://example.org/disk.qcow2 --sha256 9f86d081884c7d65… --name other",),
         "document",
     ),
-    C("image ls", IMAGES, "list images", "images:ls", (), ("inn image ls",), "list"),
+    C(
+        "image ls",
+        IMAGES,
+        "list images",
+        "images:ls",
+        (A(("--recipes",), "what can be built, instead of what there is", {"action": "store_true"}),),
+        ("inn image ls", "inn image ls --recipes"),
+        "list",
+    ),
     C(
         "image info",
         IMAGES,

@@ -18,7 +18,7 @@ NAMES = {
     "vm": "inn ls -o name",
     "image": "inn image ls -o name",
     "operation": "inn op ls -o name",
-    "recipe": "echo debian-12 debian-13 tiny",
+    "recipe": "inn image ls --recipes -o name",
 }
 """How the shell gets the candidates of each kind."""
 

@@ -43,12 +43,14 @@ def _name(file: str) -> str:
 
 
 def ls(inn: Innkeeper, args: Namespace) -> int:
-    documents = inn.images()
+    documents = inn.recipes() if args.recipes else inn.images()
     if args.output == "json":
         terminal.emit_json(documents)
     elif args.output == "name":
         for document in documents:
             terminal.say(document["name"])
+    elif args.recipes:
+        terminal.say(terminal.table(("RECIPE", "TITLE"), [((one["name"], "bold"), one["title"]) for one in documents]))
     elif documents:
         heads = ("NAME", "KIND", "FORMAT", "SIZE", "STORED", "AGENT", "LOGIN", "AGE")
         terminal.say(terminal.table(heads, [_row(document) for document in documents]))

@@ -19,6 +19,7 @@ _SEQUENCE = re.compile(
     rb"|\xc2[\x80-\x9f]"  # C1 controls in UTF-8, which some terminals obey
     rb"|[\x00-\x08\x0b-\x1a\x1c-\x1f\x7f]|\x1b"
 )
+_UNFINISHED = re.compile(rb"(?:\x1b(?:\[[0-?]*[ -/]*|[\]PX^_][^\x07\x1b\n]*|[ -/]*)|\xc2)\Z")
 
 
 def logs(inn: Innkeeper, args: Namespace) -> int:
@@ -43,9 +44,8 @@ def _harmless(blocks: Iterable[bytes], colour: bool) -> Iterator[bytes]:
     rest = b""
     for block in blocks:
         text = rest + block
-        cut = text.rfind(b"\x1b", max(0, len(text) - 64))
-        match = _SEQUENCE.match(text, cut) if cut >= 0 else None
-        keep = cut if match and match.end() - cut == 1 else len(text)
+        unfinished = _UNFINISHED.search(text, max(0, len(text) - 64))
+        keep = unfinished.start() if unfinished else len(text)
         text, rest = text[:keep], text[keep:]
         yield harmless(text, colour)
     yield harmless(rest, colour)
