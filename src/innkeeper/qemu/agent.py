@@ -64,6 +64,10 @@ class _Channel(QMPClient):
         self._writer.write(b"\xff")
         await super()._establish_session()
 
+    def _do_send(self, msg: Message) -> None:
+        assert self._writer is not None
+        self._writer.write(bytes(msg) + b"\n")
+
     async def _do_recv(self) -> Message:
         while True:
             try:

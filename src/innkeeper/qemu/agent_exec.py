@@ -50,7 +50,7 @@ _WORD_LIMIT = 128 * KIB - 1
 """Bytes of one argument (Linux, MAX_ARG_STRLEN)."""
 
 # $1 name of the files, $2 folder to run in or "", $3 file for stdin or "", $4 number of variables, then NAME=VALUE and
-# the command. Positional, so that nothing of it is ever read as shell code. Pipe A (fd 5) carries stdout, pipe B stderr.
+# the command. Positional, so that nothing of it is read as shell code. Pipe A (fd 5) carries stdout, pipe B stderr.
 # `set -C` opens with O_EXCL: the files are new and ours. dd tells "0+…" when it met the end before a full block.
 _WRAPPER = r"""
 d=/run; [ -d $d ] && [ -w $d ] || d=/tmp
@@ -86,10 +86,12 @@ fi
 exit ${rc:-125}
 """
 
-# $1 name of the files, $2 process group to end or "". TERM, two seconds to comply, KILL.
+# $1 name of the files, $2 process group to end or "". TERM, two seconds to comply, KILL. There is no group yet if
+# setsid has not got that far: then the process itself.
 _CLEAN = r"""
 if [ -n "$2" ]; then
-  kill -TERM -"$2" && kill -CONT -"$2"
+  kill -TERM -"$2" || kill -TERM "$2"
+  kill -CONT -"$2"
   i=0
   while kill -0 -"$2" && [ $i -lt 20 ]; do sleep 0.1; i=$((i + 1)); done
   kill -KILL -"$2"
@@ -225,10 +227,12 @@ class _Run:
         self.seen = {"out": 0, "err": 0}
         self.rc = b""
         self.leftover = False  # files remain in the guest
+        self.own_group = False
         self._starting: asyncio.Task[int] | None = None
 
     async def start(self, command: list[str], stdin: bytes | None) -> None:
         # Shielded: if we are cancelled now, the process id still has to be learnt, or nobody could end the command.
+        self.own_group = command[0] == "setsid"
         self._starting = asyncio.create_task(_start(self.agent, command, stdin, None))
         try:
             self.pid = await asyncio.shield(self._starting)
@@ -334,8 +338,10 @@ class _Run:
         await asyncio.gather(*closing, return_exceptions=True)
         if self.pid is not None or self.leftover:
             pid, self.pid, self.leftover = self.pid, None, False
+            if pid is not None and await _status(self.agent, pid) is not None:
+                pid = None  # it has just ended: its number may be someone else's by now
             # Without setsid the command is in the agent's own process group, which must live.
-            group = str(pid) if pid is not None and self.agent.launchers == [("setsid", "sh")] else ""
+            group = str(pid) if pid is not None and self.own_group else ""
             await capture(self.agent, ["sh", "-c", _CLEAN, "sh", self.name, group], timeout=CLEAN_TIMEOUT)
             if pid is not None:
                 await _status(self.agent, pid)  # or the agent would keep its record for ever
