@@ -12,7 +12,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -162,6 +163,19 @@ def _folder() -> Path:
     return folder
 
 
+@contextmanager
+def running_daemon(*images: str) -> Iterator[Daemon]:
+    """A daemon with these images, running."""
+    CACHE.mkdir(mode=0o711, exist_ok=True)
+    daemon = Daemon(_folder())
+    try:
+        for image in images:
+            daemon.add_image(image)
+        yield daemon.start()
+    finally:
+        daemon.clean()
+
+
 @pytest.fixture
 def bare_daemon():
     """A daemon that is not started yet, with no image: for tests of its own life."""
@@ -174,12 +188,8 @@ def bare_daemon():
 @pytest.fixture(scope="session")
 def daemon():
     """A running daemon with the tiny image, shared by the tests of one worker: name your own VMs and delete them."""
-    CACHE.mkdir(mode=0o711, exist_ok=True)
-    made = Daemon(_folder())
-    made.add_image("tiny")
-    made.start()
-    yield made
-    made.clean()
+    with running_daemon("tiny") as made:
+        yield made
 
 
 @pytest.fixture(scope="session")

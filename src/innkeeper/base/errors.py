@@ -211,7 +211,7 @@ class DaemonUnreachable(InnkeeperError):
 class Unsupported(InnkeeperError):
     """This host, this image or this QEMU cannot do what was asked."""
 
-    status = 501
+    status = 409
 
 
 class StoreFailed(InnkeeperError):

@@ -14,7 +14,7 @@ from innkeeper.server.context import Context
 
 def create_app(context: Context | None = None) -> FastAPI:
     """The API over one daemon's context; without one, only good for its OpenAPI document."""
-    app = FastAPI(
+    app = _App(
         title="Innkeeper",
         version=__version__,
         summary="Virtual machines that are quick to make, cheap to keep and hard to lose",
@@ -38,3 +38,16 @@ def _operation_id(route: APIRoute) -> str:
 def openapi() -> dict[str, Any]:
     """The OpenAPI document, as `docs/openapi.json` keeps it."""
     return create_app().openapi()
+
+
+class _App(FastAPI):
+    def openapi(self) -> dict[str, Any]:
+        """FastAPI puts every answer's schema under application/json; problems have a media type of their own."""
+        if self.openapi_schema is None:
+            document = super().openapi()
+            for operation in (o for methods in document["paths"].values() for o in methods.values()):
+                for status, answer in operation["responses"].items():
+                    if status >= "400":
+                        answer["content"] = {problems.MEDIA: next(iter(answer["content"].values()))}
+        assert self.openapi_schema is not None
+        return self.openapi_schema
