@@ -15,7 +15,7 @@ import structlog
 from innkeeper.base.clock import now
 from innkeeper.base.errors import ActionRefused, Cancelled, Conflict, InnkeeperError, MachineBusy, NotFound, StoreFailed
 from innkeeper.base.ids import new_id
-from innkeeper.operations.fault import Fault
+from innkeeper.operations.fault import Fault, Faults
 from innkeeper.operations.world import World
 from innkeeper.store.contract import Value
 
@@ -73,11 +73,11 @@ class Context:
 class Engine:
     """Submits, runs, cancels and recovers operations of the given verbs."""
 
-    def __init__(self, world: World, verbs: Mapping[str, Verb], fault: Fault | None = None) -> None:
+    def __init__(self, world: World, verbs: Mapping[str, Verb], fault: Fault | Faults | None = None) -> None:
         self._world = world
         self._store = world.store
         self._verbs = verbs
-        self._fault = fault or Fault()
+        self._fault = fault or Faults()
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._cancelled: set[str] = set()
         self._reports: set[asyncio.Task[None]] = set()

@@ -19,5 +19,8 @@ class DiskSpec(Model):
     )
     bus: DiskBus = Field(default="virtio-blk", description="virtio-scsi for many disks in one PCI slot")
     serial: str = Field(
-        default="", max_length=20, description="Serial number the guest sees; 20 bytes at most (virtio-blk)"
+        default="",
+        max_length=20,
+        pattern=r"^[ -~]*$",
+        description="Serial number the guest sees: 20 printable ASCII characters at most (virtio 1.2, 5.2.6)",
     )

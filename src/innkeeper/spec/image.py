@@ -42,9 +42,7 @@ class Image(Model):
 
     id: str
     name: ImageName
-    kind: Literal["disk", "kernel"] = Field(
-        description="disk: boots by its own loader; kernel: booted directly"
-    )
+    kind: Literal["disk", "kernel"] = Field(description="disk: boots by its own loader; kernel: booted directly")
     files: dict[str, str] = Field(description="Role (disk, kernel, initrd) → file name in the image's folder")
     format: str = Field(description="Format of the disk file, recorded here and never probed again")
     cmdline: str = Field(default="", description="Kernel command line where kind is kernel")
@@ -54,7 +52,5 @@ class Image(Model):
     user: str = Field(default="", description="Login user the image is made for")
     agent: bool = Field(default=False, description="Carries the guest agent")
     cloud_init: bool = Field(default=False, description="Reads a NoCloud seed")
-    source: dict[str, Any] = Field(
-        description="How it was made: recipe and inputs, or file or URL and digest"
-    )
+    source: dict[str, Any] = Field(description="How it was made: recipe and inputs, or file or URL and digest")
     created: str

@@ -51,4 +51,6 @@ class NicSpec(Model):
             raise ValueError(f"{value!r} is not a MAC address like 52:54:00:12:34:56")
         if int(mac[:2], 16) & 1:
             raise ValueError(f"{value!r} is a multicast address; the first byte of a card's MAC is even")
+        if mac == "00:00:00:00:00:00":  # QEMU takes it for none given, and makes one up
+            raise ValueError(f"{value!r} is no card's MAC address")
         return mac

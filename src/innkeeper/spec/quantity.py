@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from innkeeper.base.errors import InvalidInput
 from innkeeper.base.ids import IMAGE_NAME_PATTERN, NAME_PATTERN
@@ -20,15 +20,22 @@ def _size(value: object) -> int:
         raise ValueError(f"{error.detail}; {error.hint}" if error.hint else error.detail) from None
 
 
+def _whole_mebibytes(value: int) -> int:
+    if value % MIB:
+        raise ValueError(f"{value} bytes is not a whole number of MiB")
+    return value
+
+
 Name = Annotated[str, Field(pattern=NAME_PATTERN, max_length=63, examples=["web-1"])]
 ImageName = Annotated[str, Field(pattern=IMAGE_NAME_PATTERN, max_length=63, examples=["debian-12"])]
 
 MemorySize = Annotated[
-    int, BeforeValidator(_size, json_schema_input_type=int | str), Field(ge=16 * MIB, le=16 * TIB)
+    int,
+    BeforeValidator(_size, json_schema_input_type=int | str),
+    Field(ge=16 * MIB, le=16 * TIB),
+    AfterValidator(_whole_mebibytes),
 ]
-DiskSize = Annotated[
-    int, BeforeValidator(_size, json_schema_input_type=int | str), Field(ge=MIB, le=64 * TIB)
-]
+DiskSize = Annotated[int, BeforeValidator(_size, json_schema_input_type=int | str), Field(ge=MIB, le=64 * TIB)]
 
 
 class Model(BaseModel):

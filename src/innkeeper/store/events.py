@@ -33,17 +33,18 @@ class EventLog:
         """Record that `kind` (like `vm.paused`) happened to `target` ({kind, id, name}); `text` is a sentence."""
         if self._next is None:
             kept = await self._store.list("event/")
-            self._first = int(kept[0].value["seq"]) if kept else 1
-            self._next = int(kept[-1].value["seq"]) + 1 if kept else 1
+            if self._next is None:
+                self._first = int(kept[0].value["seq"]) if kept else 1
+                self._next = int(kept[-1].value["seq"]) + 1 if kept else 1
         seq, self._next = self._next, self._next + 1
         event = {"seq": seq, "at": now(), "kind": kind, "level": level, "target": target, "text": text, "facts": facts}
         log.log({"info": 20, "warning": 30, "error": 40}[level], text, event_kind=kind)
         writes: dict[str, Value | None] = {_key(seq): event}
-        if seq - self._first >= KEPT + 100:
-            writes |= {_key(old): None for old in range(self._first, seq - KEPT)}
-            self._first = seq - KEPT
+        first = self._first if seq - self._first < KEPT + 100 else seq - KEPT + 1
+        writes |= {_key(old): None for old in range(self._first, first)}
         try:
             await self._store.transact(writes)
+            self._first = max(self._first, first)
         except StoreFailed as error:
             log.error("event lost", error=str(error))
 
@@ -53,21 +54,25 @@ class EventLog:
         return events if tail is None else events[max(0, len(events) - tail) :]
 
     async def follow(self, after: int | None = None, tail: int = 0) -> AsyncIterator[Value]:
-        """What `list` gives, then every event to come. A follower too slow for the store's memory skips on."""
+        """What `list` gives, then every event to come. A follower too slow for the store's memory of changes reads
+        on in the log: it misses only what the log itself has forgotten."""
         revision = self._store.revision
-        last = after or 0
-        for event in await self.list(last) if after is not None else await self.list(tail=tail):
+        past = await self.list()
+        last = after if after is not None else (past[-1]["seq"] if past else 0)
+        for event in [e for e in past if e["seq"] > last] if after is not None else past[max(0, len(past) - tail) :]:
             last = event["seq"]
             yield event
         while True:
             try:
                 async for change in self._store.watch("event/", revision):
-                    revision = change.revision
                     if change.value is not None and change.value["seq"] > last:
                         last = change.value["seq"]
                         yield change.value
             except Conflict:
                 revision = self._store.revision
+                for event in await self.list(last):
+                    last = event["seq"]
+                    yield event
 
 
 def _key(seq: int) -> str:
