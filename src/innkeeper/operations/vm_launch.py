@@ -16,7 +16,7 @@ from innkeeper.operations import vm_create, vm_start
 from innkeeper.operations.engine import Context, Step, Verb
 from innkeeper.qemu.agent import Agent
 from innkeeper.qemu.agent_files import read_file
-from innkeeper.store.contract import Value, update
+from innkeeper.store.contract import Value
 
 DEFAULT_TIMEOUT = {"kvm": 300.0, "tcg": 900.0}
 """Seconds from start to ready."""
@@ -50,7 +50,6 @@ async def wait_until_ready(ctx: Context) -> None:
             raise await _failure(ctx, vm, f"{vm['name']} was not ready within {allowed:.0f} s", machine)
         ctx.report(None, await _last_line(machine.folder) or "the guest boots")
         await asyncio.wait({machine.over}, timeout=LOOK_EVERY)
-    await update(ctx.world.store, f"vm/{vm_id}", lambda v: v | {"ready": True})
     target = {"kind": "vm", "id": vm["id"], "name": vm["name"]}
     seconds = monotonic() - begun
     await ctx.world.events.append("vm.ready", f"{vm['name']} is ready after {seconds:.1f} s", target=target)

@@ -145,7 +145,7 @@ async def _state(ctx: Context, state: str) -> None:
     await update(
         ctx.world.store,
         f"vm/{_vm_id(ctx)}",
-        lambda vm: None if vm["state"] == state else vm | {"state": state, "reason": "", "since": stamp},
+        lambda vm: None if vm["state"] == state else vm | {"state": state, "reason": "", "since": stamp, "pending": False},
     )
 
 

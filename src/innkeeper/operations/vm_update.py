@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from innkeeper.machine.states import LIVE
 from innkeeper.operations.engine import Context, Step, Verb
 from innkeeper.plan.record import public_spec
 from innkeeper.spec.vm import VMSpec
@@ -14,7 +15,8 @@ async def write(ctx: Context) -> None:
 
     def change(vm: Value) -> Value | None:
         ctx.data.setdefault("old", vm["spec"])
-        return vm | {"spec": public_spec(spec) | {"first_boot": vm["spec"]["first_boot"]}}
+        new = public_spec(spec) | {"first_boot": vm["spec"]["first_boot"]}
+        return vm | {"spec": new, "pending": vm["state"] in LIVE}
 
     await update(ctx.world.store, f"vm/{ctx.target['id']}", change)
     ctx.result["vm"] = ctx.target["name"]
@@ -23,7 +25,7 @@ async def write(ctx: Context) -> None:
 async def unwrite(ctx: Context) -> None:
     """The old spec again."""
     if old := ctx.data.get("old"):
-        await update(ctx.world.store, f"vm/{ctx.target['id']}", lambda vm: vm | {"spec": old})
+        await update(ctx.world.store, f"vm/{ctx.target['id']}", lambda vm: vm | {"spec": old, "pending": False})
 
 
 VERB = Verb("vm-update", (Step("write", write, unwrite),))

@@ -29,5 +29,5 @@ def vm_record(spec: VMSpec, identity: Identity, image: dict[str, Any] | None, st
         "operation": None,
         "disc": bool(spec.iso),
         "seed": False,
-        "ready": False,
+        "pending": False,  # a changed spec waits for the next start
     }

@@ -26,7 +26,7 @@ from innkeeper.base.errors import InnkeeperError, StoreFailed
 from innkeeper.base.home import Home
 from innkeeper.machine.machines import Machines
 from innkeeper.operations.engine import Engine
-from innkeeper.operations.fault import Fault
+from innkeeper.operations.fault import Faults
 from innkeeper.operations.verbs import VERBS
 from innkeeper.operations.world import World
 from innkeeper.qemu.capabilities import capabilities, find_qemu
@@ -118,7 +118,7 @@ async def _bring_up(home: Home, store: SQLiteStore) -> Context:
     events = EventLog(store)
     machines = Machines(home, store, events)
     world = World(home, store, events, machines, verdict, qemu)
-    engine = Engine(world, VERBS, Fault.from_environment())
+    engine = Engine(world, VERBS, Faults.from_environment())
     await machines.adopt()
     await _sweep(world)
     await engine.recover()

@@ -65,6 +65,7 @@ class VMView(Open):
     operation: dict[str, JsonValue] | None
     ready: bool
     agent: bool
+    pending: bool
     pid: int | None
     address: str | None
     ssh_port: int | None

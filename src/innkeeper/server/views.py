@@ -67,6 +67,7 @@ class VMViews:
             "operation": vm["operation"],
             "ready": running and (agent or not (image and image["agent"])),
             "agent": agent,
+            "pending": vm["pending"],
             "pid": machine.process.pid.number if machine else None,
             "address": "127.0.0.1" if ssh_port else None,
             "ssh_port": ssh_port,
