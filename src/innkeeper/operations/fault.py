@@ -13,28 +13,40 @@ class InjectedFault(InnkeeperError):
     """A test asked for this failure."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Fault:
-    """`kind/step/when/action` from `INNKEEPER_FAULT`; when: before, after, undo; action: fail, kill, twice."""
+    """One fault, which comes to pass once. when: before, after, undo; action: fail, kill, twice."""
 
     kind: str = ""
     step: str = ""
     when: str = ""
     action: str = ""
-
-    @staticmethod
-    def from_environment() -> Fault:
-        text = os.environ.get("INNKEEPER_FAULT", "")
-        return Fault(*text.split("/")) if text else Fault()
+    spent: bool = False
 
     async def __call__(self, kind: str, step: str, when: str) -> bool:
         """Called at each point; True asks the engine to run the step twice."""
-        if (kind, step) != (self.kind, self.step):
+        if self.spent or (kind, step, when) != (self.kind, self.step, self.when):
             return False
-        if self.action == "twice":
-            return when == "before"
-        if when == self.when and self.action == "fail":
+        self.spent = True
+        if self.action == "fail":
             raise InjectedFault(f"injected at {kind}/{step}/{when}")
-        if when == self.when and self.action == "kill":
+        if self.action == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
-        return False
+        return self.action == "twice"
+
+
+@dataclass(frozen=True)
+class Faults:
+    """Several of them."""
+
+    faults: tuple[Fault, ...] = ()
+
+    @staticmethod
+    def from_environment() -> Faults:
+        """`INNKEEPER_FAULT`: `kind/step/when/action`, several with commas between them."""
+        texts = os.environ.get("INNKEEPER_FAULT", "").split(",")
+        return Faults(tuple(Fault(*text.split("/")) for text in texts if text))
+
+    async def __call__(self, kind: str, step: str, when: str) -> bool:
+        """As `Fault`."""
+        return any([await fault(kind, step, when) for fault in self.faults])

@@ -1,0 +1,131 @@
+"""Real daemons without the time that their imports take: a server that has imported everything forks each of them.
+
+A forked daemon is a process of its own, which SIGKILL ends like any other. Run as a program this file is the server:
+it reads one JSON object per line, {"env": {…}, "log": path}, and answers each with the pid of a new innkeeperd.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+
+class Forked:
+    """A forked daemon, with what `tests/conftest.py` uses of a Popen."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self._pidfd = os.pidfd_open(pid)
+
+    def poll(self) -> int | None:
+        """None while it lives."""
+        return 0 if select.select([self._pidfd], [], [], 0)[0] else None
+
+    def send_signal(self, number: int) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self._pidfd, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+    def wait(self, timeout: float = 30) -> int:
+        if not select.select([self._pidfd], [], [], timeout)[0]:
+            raise subprocess.TimeoutExpired("innkeeperd", timeout)
+        # The server's child is gone from /proc a moment after it is dead.
+        while Path(f"/proc/{self.pid}").exists():
+            time.sleep(0.001)
+        return 0
+
+
+class ForkServer:
+    """Forks daemons on demand."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+    def fork(self, env: dict[str, str], log: Path) -> Forked:
+        assert self._process.stdin and self._process.stdout
+        self._process.stdin.write(json.dumps({"env": env, "log": str(log)}).encode() + b"\n")
+        self._process.stdin.flush()
+        return Forked(int(self._process.stdout.readline()))
+
+    def close(self) -> None:
+        assert self._process.stdin and self._process.stdout
+        self._process.stdin.close()
+        self._process.stdout.close()
+        self._process.wait()
+
+
+def _serve() -> None:
+    from innkeeper.server import daemon
+
+    _warm_up()
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps
+    for line in sys.stdin:
+        order = json.loads(line)
+        pid = os.fork()
+        if pid == 0:
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            os.setsid()
+            null, log = os.open(os.devnull, os.O_RDWR), os.open(order["log"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+            for source, target in ((null, 0), (log, 1), (log, 2)):
+                os.dup2(source, target)
+            os.environ.update(order["env"])
+            if image := order["env"].get("TEST_BUILT_IMAGE"):
+                _quick_build(Path(image))
+            os._exit(daemon.main())
+        print(pid, flush=True)
+
+
+def _warm_up() -> None:
+    """Import what the first request would, and let the framework prepare its routes."""
+    import asyncio
+    import importlib
+
+    from innkeeper.server.app import create_app
+
+    for name in ("http.h11_impl", "websockets.websockets_sansio_impl"):
+        importlib.import_module(f"uvicorn.protocols.{name}")
+
+    async def receive():
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    async def send(message):
+        pass
+
+    scope = {"type": "http", "method": "GET", "path": "/v1/nothing", "headers": [], "query_string": b""}
+    asyncio.run(create_app()(scope, receive, send))
+
+
+def _quick_build(folder: Path) -> None:
+    """Have `image-build` take an image that was built before instead of 20 seconds; `test_a_build_is_interrupted`
+    interrupts the real thing."""
+    import shutil
+
+    from innkeeper.operations import image_make
+    from innkeeper.storage.build import Built
+
+    record = json.loads((folder / "image.json").read_text())
+
+    async def build(recipe, workspace, *, job, report):
+        for name in record["files"].values():
+            shutil.copyfile(folder / name, workspace / name)
+        report(1.0, "built")
+        return Built(
+            boot=record["kind"], files=record["files"], virtual_size=record["virtual_size"], cmdline=record["cmdline"],
+            user=record["user"], firmware=("bios",), has_agent=record["agent"], has_cloud_init=record["cloud_init"],
+            min_memory=0, inputs=record["source"],
+        )  # fmt: skip
+
+    image_make.build = build
+
+
+if __name__ == "__main__":
+    _serve()

@@ -1,0 +1,220 @@
+"""A daemon that dies and comes back, and what must hold whatever happened to it."""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import json
+import os
+import sqlite3
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from blake3 import blake3
+from conftest import CACHE, Daemon, _folder
+from forking import ForkServer
+
+from innkeeper.client.errors import ApiError, DaemonUnreachable
+from innkeeper.client.operation import Operation
+from innkeeper.operations.image_make import _digest
+from innkeeper.qemu import cgroup
+from innkeeper.qemu.process import Pid
+
+IN_BETWEEN = {"creating", "starting", "stopping", "deleting"}
+SETTLE = 20
+"""Seconds after which what has not come to rest counts as stuck."""
+
+
+@cache
+def fork_server() -> ForkServer:
+    """The one of this test process."""
+    server = ForkServer()
+    atexit.register(server.close)
+    return server
+
+
+@cache
+def small_build() -> Path:
+    """What a build makes, in small: the harness is about the steps around the build."""
+    folder = Path(tempfile.mkdtemp(prefix="inn-test-"))
+    files = {"kernel": "kernel", "initrd": "initrd"}
+    for name in files.values():
+        (folder / name).write_bytes(name.encode() * 1000)
+    record = {
+        "kind": "kernel", "files": files, "format": "", "cmdline": "", "virtual_size": 0, "user": "root", "agent": True,
+        "cloud_init": False, "source": {"recipe": "tiny"},
+        "digests": {name: blake3((folder / name).read_bytes()).hexdigest() for name in files.values()},
+    }  # fmt: skip
+    (folder / "image.json").write_text(json.dumps(record))
+    return folder
+
+
+class House(Daemon):
+    """A daemon from the fork server."""
+
+    def __init__(self, real_builds: bool = False) -> None:
+        CACHE.mkdir(mode=0o711, exist_ok=True)
+        super().__init__(_folder())
+        self.environment = {} if real_builds else {"TEST_BUILT_IMAGE": str(small_build())}
+
+    def start(self, fault: str = "", wait: bool = True) -> House:
+        self.home.data.mkdir(parents=True, exist_ok=True)
+        env = self.environment | {
+            "INNKEEPER_HOME": str(self.home.data),
+            "INNKEEPER_POOL": str(self.home.pool),
+            "INNKEEPER_FAULT": fault,
+        }
+        self.process = fork_server().fork(env, self.home.daemon_log)  # type: ignore[assignment]
+        if wait:
+            self.wait()
+        return self
+
+    @property
+    def dead(self) -> bool:
+        assert self.process is not None
+        return self.process.poll() is not None
+
+    def end(self) -> None:
+        """SIGKILL, if it still lives."""
+        if not self.dead:
+            self.kill()
+
+    def documents(self) -> dict[str, dict[str, Any]]:
+        """All of the store, read beside the daemon."""
+        with sqlite3.connect(f"file:{self.home.store}?mode=ro", uri=True) as db:
+            found = dict(db.execute("SELECT key, value FROM document"))
+        db.close()
+        return {key: json.loads(value) for key, value in found.items()}
+
+    def settle(self) -> None:
+        """Wait until no operation is open."""
+        deadline = time.monotonic() + SETTLE
+        while left := [o for o in self.inn.operations() if not o.ended]:
+            assert time.monotonic() < deadline, f"stuck: {[o.document for o in left]}\n{self.log()[-3000:]}"
+            left[0].poll(1)
+
+    def latest(self, kind: str) -> Operation:
+        """The newest operation of a kind."""
+        return next(o for o in self.inn.operations() if o.kind == kind)
+
+    def empty(self) -> None:
+        """Delete everything; nothing but history may be left."""
+        for vm in self.inn.vms():
+            self.inn.vm(vm["name"]).delete(force=True)
+        for image in self.inn.images():
+            if image["name"] != "tiny":
+                self.inn.image_delete(image["name"]).wait()
+        self.check()
+        left = {key for key in self.documents() if not key.startswith(("event/", "operation/"))}
+        assert left <= {"image/tiny00000000", "name/image/tiny"}, left
+
+    # --- what must hold ---
+
+    def check(self, deleting: bool = False) -> None:
+        """All that must hold when no operation is under way, at the latest a moment after the last one's end.
+        `deleting`: a VM may be half-deleted, for the next attempt to finish."""
+        deadline = time.monotonic() + 3
+        while problems := list(self._problems(deleting)):
+            assert time.monotonic() < deadline, "\n".join(problems) + f"\n--- log:\n{self.log()[-3000:]}"
+            time.sleep(0.02)
+
+    def _problems(self, deleting: bool) -> Iterator[str]:
+        documents = self.documents()
+
+        def under(prefix: str) -> dict[str, dict[str, Any]]:
+            return {key.removeprefix(prefix): value for key, value in documents.items() if key.startswith(prefix)}
+
+        vms, images = under("vm/"), under("image/")
+        for operation in under("operation/").values():
+            if not operation["ended"]:
+                yield f"operation {operation['kind']} is {operation['state']} for ever"
+        for what in (*vms.values(), *images.values()):
+            if what["operation"]:
+                yield f"{what['name']} is held by {what['operation']}"
+        for vm in vms.values():
+            if vm["state"] in IN_BETWEEN - ({"deleting"} if deleting else set()):
+                yield f"{vm['name']} is {vm['state']} for ever"
+        yield from self._processes(vms, under("live/"))
+        yield from self._claims(vms, images, documents)
+        yield from self._folders(vms, images)
+
+    def _processes(self, vms: dict[str, Any], live: dict[str, Any]) -> Iterator[str]:
+        running = {id for id, vm in vms.items() if vm["state"] in ("running", "paused")}
+        qemus = self.qemus()
+        if Counter(qemus.values()) != Counter(running):
+            yield f"QEMU runs for {sorted(qemus.values())}, and running or paused are {sorted(running)}"
+        if {(pid, id) for pid, id in qemus.items()} != {(Pid(v["pid"], v["started"]), id) for id, v in live.items()}:
+            yield f"QEMU's pids are {qemus}, recorded are {live}"
+        for vm in self.inn.vms():
+            if vm["pid"] not in ({pid.number for pid, id in qemus.items() if id == vm["id"]} or {None}):
+                yield f"{vm['name']} has pid {vm['pid']}, and there are {qemus}"
+        groups = asyncio.run(cgroup.list_ours(self.home))
+        if groups - running:
+            yield f"cgroups of {groups - running} are left"
+        for id, vm in vms.items():
+            sockets = {path.name for path in self.home.vm(id).glob("*.sock")}
+            if sockets and id not in running:
+                yield f"sockets of {vm['name']} ({vm['state']}) are left: {sockets}"
+        if tools := self.tools():
+            yield f"tools are left: {tools}"
+
+    def tools(self) -> list[str]:
+        """Command lines of tools that an operation of this home started."""
+        found = []
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdigit():
+                try:
+                    environment = (entry / "environ").read_bytes().split(b"\0")
+                    if b"INNKEEPER_JOB_HOME=" + os.fsencode(self.home.data) in environment:
+                        found.append((entry / "cmdline").read_bytes().replace(b"\0", b" ").decode())
+                except OSError:
+                    continue
+        return found
+
+    def _claims(self, vms: dict[str, Any], images: dict[str, Any], documents: dict[str, Any]) -> Iterator[str]:
+        expected = {}
+        for id, vm in vms.items():
+            expected |= {f"name/vm/{vm['name']}": id, f"slot/{vm['identity']['slot']}": id}
+            ports = [(f["protocol"], f["host"]) for nic in vm["spec"]["nics"] for f in nic["publish"]]
+            ports += [("tcp", vm["identity"]["ssh_port"])] if vm["identity"]["ssh_port"] else []
+            expected |= {f"port/{protocol}/{port}": id for protocol, port in ports}
+        expected |= {f"name/image/{image['name']}": id for id, image in images.items()}
+        found = {key: value["id"] for key, value in documents.items() if key.startswith(("name/", "slot/", "port/"))}
+        if found != expected:
+            yield f"claims differ: left over {found.items() - expected.items()}, lost {expected.items() - found.items()}"
+        secrets = {key.removeprefix("secret/vm/") for key in documents if key.startswith("secret/")}
+        if secrets != set(vms):
+            yield f"secrets of {secrets ^ set(vms)} have no VM, or the other way round"
+
+    def _folders(self, vms: dict[str, Any], images: dict[str, Any]) -> Iterator[str]:
+        for folder, wanted in ((self.home.vms, set(vms)), (self.home.images, set(images)), (self.home.work, set())):
+            there = {path.name for path in folder.iterdir()}
+            if there ^ wanted - {id for id, vm in vms.items() if vm["state"] == "deleting"}:
+                yield f"{folder} has {there}, and the documents say {wanted}"
+        for id, image in images.items():
+            for name, digest in image["digests"].items():
+                path = self.home.image(id) / name
+                if image["name"] != "tiny" and (not path.exists() or _digest(path) != digest):
+                    yield f"image {image['name']} is listed and its {name} is not whole"
+        for id, vm in vms.items():
+            for index in range(len(vm["spec"]["disks"]) if vm["state"] != "deleting" else 0):
+                if not (self.home.vm(id) / f"disk{index}.qcow2").exists():
+                    yield f"{vm['name']} has lost disk {index}"
+
+
+def attempt(house: House, act: Any) -> Operation | None:
+    """Do it, whatever comes of it; None when the daemon died."""
+    try:
+        return act(house.inn).wait_quietly()
+    except (DaemonUnreachable, OSError):
+        return None
+    except ApiError:
+        if house.dead:
+            return None
+        raise
+

@@ -1,0 +1,151 @@
+"""For each verb: what must be there before, how to ask for it, and what must be true after it was done or failed."""
+
+from __future__ import annotations
+
+import hashlib
+import http.server
+import socket
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from house import House
+
+from innkeeper.client import Innkeeper
+from innkeeper.client.operation import Operation
+
+NAME = "patient"
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """`whole` and `before` look at the result; both raise AssertionError. `before` is what a failure must leave."""
+
+    act: Callable[[Innkeeper], Operation]
+    whole: Callable[[House], None]
+    before: Callable[[House], None]
+    prepare: Callable[[House], object] = lambda house: None
+
+
+@cache
+def port() -> int:
+    """A host port that nobody has."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def spec(name: str = NAME, **more: Any) -> dict[str, Any]:
+    """A machine that costs nothing: its firmware finds an empty disk and halts."""
+    nic = {"mode": "user", "publish": [{"host": port(), "guest": 80}]} if name == NAME else {"mode": "user"}
+    return {"name": name, "image": None, "cpus": 1, "memory": "32M", "disks": [{"size": "1M"}], "nics": [nic]} | more
+
+
+def make(house: House) -> None:
+    house.inn.create(spec(), start=False).wait()
+
+
+def run(house: House) -> None:
+    house.inn.create(spec(), ready=False).wait()
+
+
+def pause(house: House) -> None:
+    run(house)
+    house.inn.vm(NAME).pause()
+
+
+def act(action: str, **options: Any) -> Callable[[Innkeeper], Operation]:
+    return lambda inn: inn.vm(NAME).act(action, **options)
+
+
+def state(*wanted: str) -> Callable[[House], None]:
+    def look(house: House) -> None:
+        found = house.inn.vm(NAME).state
+        assert found in wanted, f"{found}: {house.inn.vm(NAME).info['reason']}"
+
+    return look
+
+
+def gone(house: House) -> None:
+    assert NAME not in [vm["name"] for vm in house.inn.vms()]
+
+
+def memory(mebibytes: int) -> Callable[[House], None]:
+    def look(house: House) -> None:
+        assert house.inn.vm(NAME).info["memory"] == mebibytes << 20
+
+    return look
+
+
+def update(inn: Innkeeper) -> Operation:
+    document = {"kind": "vm", **spec(memory="48M")}
+    (operation,) = inn.apply([document])["operations"]
+    return inn.operation(operation)
+
+
+# --- images ---
+
+
+@cache
+def disk_image() -> Path:
+    """A raw image of 1 MiB, as somebody's file."""
+    import tempfile
+
+    path = Path(tempfile.mkdtemp(prefix="inn-test-")) / "disk.raw"
+    path.write_bytes(b"\xeb\xfe" + bytes(508) + b"\x55\xaa" + b"data" * 1024 + bytes((1 << 20) - 512 - 4096))
+    return path
+
+
+@cache
+def web_server() -> str:
+    """The URL of that file."""
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args, directory=str(disk_image().parent))
+
+        def log_message(self, *args: Any) -> None:
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    return f"http://127.0.0.1:{server.server_port}/disk.raw"
+
+
+def import_(inn: Innkeeper) -> Operation:
+    return inn.image_import(disk_image(), name=NAME, format="raw")
+
+
+def pull(inn: Innkeeper) -> Operation:
+    digest = hashlib.sha256(disk_image().read_bytes()).hexdigest()
+    return inn.image_pull(web_server(), sha256=digest, name=NAME, format="raw")
+
+
+def listed(house: House) -> None:
+    assert house.inn.image(NAME)["stored_size"] > 0  # that its bytes are whole is checked for every image
+
+
+def not_listed(house: House) -> None:
+    assert NAME not in [image["name"] for image in house.inn.images()]
+
+
+SCENARIOS: dict[str, Scenario] = {
+    "image-build": Scenario(lambda inn: inn.image_build("tiny", name=NAME), listed, not_listed),
+    "image-import": Scenario(import_, listed, not_listed),
+    "image-pull": Scenario(pull, listed, not_listed),
+    "image-delete": Scenario(
+        lambda inn: inn.image_delete(NAME), not_listed, listed, lambda house: import_(house.inn).wait()
+    ),
+    "vm-create": Scenario(lambda inn: inn.create(spec(), start=False), state("stopped"), gone),
+    "vm-launch": Scenario(lambda inn: inn.create(spec(), ready=False), state("running"), gone),
+    "vm-start": Scenario(act("start"), state("running"), state("stopped"), make),
+    "vm-stop": Scenario(act("stop", force=True), state("stopped"), state("running", "stopped"), run),
+    "vm-restart": Scenario(act("restart", force=True), state("running"), state("running", "stopped"), run),
+    "vm-pause": Scenario(act("pause"), state("paused"), state("running"), run),
+    "vm-resume": Scenario(act("resume"), state("running"), state("paused", "running"), pause),
+    "vm-update": Scenario(update, memory(48), memory(32), make),
+    "vm-delete": Scenario(act("delete"), gone, state("deleting"), make),
+}
