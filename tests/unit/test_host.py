@@ -23,7 +23,7 @@ from innkeeper.host.facts import HostFacts, Memory
 from innkeeper.host.firmware import firmware
 from innkeeper.host.gather import gather
 from innkeeper.host.memory import available_for_guests, check_memory, kept_for_host
-from innkeeper.host.ports import free_port, is_free, who_listens
+from innkeeper.network.ports import free_port, is_free, who_listens
 
 VERDICT = Verdict(
     name="tcg",

@@ -27,6 +27,8 @@ KEPT = 500
 """Ended operations kept."""
 STORE_RETRY = 1.0
 """Seconds between two attempts at a store that fails."""
+UNDO_ATTEMPTS, UNDO_PAUSE = 3, 0.2
+"""How often an undo is tried before what it should have undone is named in the error; seconds between, growing."""
 
 Action = Callable[["Context"], Awaitable[None]]
 
@@ -245,18 +247,24 @@ class Engine:
         return index, None
 
     async def _undo(self, ctx: Context, verb: Verb, step: Step) -> bool:
-        """Undo one step, for as long as only the store is in the way. False when it cannot be undone."""
+        """Undo one step: as often as only the store is in the way, else `UNDO_ATTEMPTS` times. False for «in vain»."""
+        attempt = 1
         while True:
             try:
-                await self._fault(verb.kind, step.name, "undo")
+                again = await self._fault(verb.kind, step.name, "undo")
                 await step.undo(ctx)
+                if again:
+                    await step.undo(ctx)
                 return True
             except StoreFailed as error:
                 log.error("the store fails while undoing; trying again", step=step.name, error=str(error))
                 await asyncio.sleep(STORE_RETRY)
             except Exception:
-                log.exception("undo failed", operation=ctx.operation, step=step.name)
-                return False
+                log.exception("undo failed", operation=ctx.operation, step=step.name, attempt=attempt)
+                if attempt == UNDO_ATTEMPTS:
+                    return False
+                await asyncio.sleep(UNDO_PAUSE * attempt)
+                attempt += 1
 
     async def _do(self, ctx: Context, verb: Verb, index: int) -> None:
         step = verb.steps[index]

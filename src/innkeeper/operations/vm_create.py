@@ -10,7 +10,7 @@ from innkeeper.base.clock import now
 from innkeeper.base.errors import Conflict, InvalidInput, NameTaken, PoolFull, PortTaken, Unsupported
 from innkeeper.base.ids import new_id
 from innkeeper.base.units import format_size
-from innkeeper.host.ports import is_free, who_listens
+from innkeeper.network.ports import is_free, who_listens
 from innkeeper.operations.engine import Context, Step, Verb, busy
 from innkeeper.plan.identity import SSH_PORT_BASE, assign
 from innkeeper.plan.record import vm_record

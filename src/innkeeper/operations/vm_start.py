@@ -9,7 +9,7 @@ from typing import Any
 from innkeeper.base.clock import now
 from innkeeper.base.errors import ActionRefused, NotFound, PortTaken
 from innkeeper.host.memory import check_memory
-from innkeeper.host.ports import is_free, who_listens
+from innkeeper.network.ports import is_free, who_listens
 from innkeeper.machine.states import LIVE
 from innkeeper.operations.engine import Context, Step, Verb
 from innkeeper.plan.command import command
@@ -145,7 +145,9 @@ async def _state(ctx: Context, state: str) -> None:
     await update(
         ctx.world.store,
         f"vm/{_vm_id(ctx)}",
-        lambda vm: None if vm["state"] == state else vm | {"state": state, "reason": "", "since": stamp, "pending": False},
+        lambda vm: (
+            None if vm["state"] == state else vm | {"state": state, "reason": "", "since": stamp, "pending": False}
+        ),
     )
 
 
