@@ -172,8 +172,9 @@ class Engine:
             except BaseException:
                 self._cancelled.discard(operation)
                 raise
-            if operation in self._interruptible:  # it may have gone on, or ended, while that was written
-                self._tasks[operation].cancel()
+            task = self._tasks.get(operation)
+            if task is not None and operation in self._interruptible:  # it may have ended while that was written
+                task.cancel()
         return await self.get(operation)
 
     # --- the daemon's life ---

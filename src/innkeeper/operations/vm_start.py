@@ -9,8 +9,8 @@ from typing import Any
 from innkeeper.base.clock import now
 from innkeeper.base.errors import ActionRefused, NotFound, PortTaken
 from innkeeper.host.memory import check_memory
-from innkeeper.network.ports import is_free, who_listens
 from innkeeper.machine.states import LIVE
+from innkeeper.network.ports import is_free, who_listens
 from innkeeper.operations.engine import Context, Step, Verb
 from innkeeper.plan.command import command
 from innkeeper.plan.identity import Identity, on_accelerator
@@ -141,14 +141,8 @@ async def _vm(ctx: Context) -> Value:
 
 
 async def _state(ctx: Context, state: str) -> None:
-    stamp = now()
-    await update(
-        ctx.world.store,
-        f"vm/{_vm_id(ctx)}",
-        lambda vm: (
-            None if vm["state"] == state else vm | {"state": state, "reason": "", "since": stamp, "pending": False}
-        ),
-    )
+    changed = {"state": state, "reason": "", "since": now(), "pending": False}
+    await update(ctx.world.store, f"vm/{_vm_id(ctx)}", lambda vm: None if vm["state"] == state else vm | changed)
 
 
 STEPS = (
