@@ -26,7 +26,7 @@ from innkeeper.base.errors import InvalidInput
 def absolute(path: str | os.PathLike[str]) -> Path:
     """`path` as an absolute `Path`, or `InvalidInput` for one that is empty or relative."""
     text = os.fspath(path)
-    if not text or "\0" in text or not os.path.isabs(text):
+    if not text or "\0" in text or not Path(text).is_absolute():
         raise InvalidInput(f"path {text!r} is not absolute")
     if any(0xD800 <= ord(c) <= 0xDFFF or 0xFDD0 <= ord(c) <= 0xFDEF or ord(c) & 0xFFFE == 0xFFFE for c in text):
         raise InvalidInput(f"path {text!r} is not UTF-8 that QEMU's JSON can carry (util/unicode.c: no noncharacters)")

@@ -6,9 +6,9 @@ import asyncio
 import base64
 import binascii
 import json
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncIterator
 from contextlib import aclosing
-from typing import Annotated, cast
+from typing import Annotated
 
 from fastapi import APIRouter, Query, Request, Response, WebSocket, WebSocketDisconnect
 from fastapi.responses import StreamingResponse
@@ -52,7 +52,7 @@ async def exec_in_guest(ctx: Ctx, vm: VMName, body: ExecRequest) -> Response:
     async def stream() -> AsyncIterator[bytes]:
         yield _encoded(_line(first))
         try:
-            async with machine.agent(), aclosing(cast(AsyncGenerator[Chunk | Exit, None], chunks)):
+            async with machine.agent(), aclosing(chunks):
                 async for chunk in chunks:
                     yield _encoded(_line(chunk))
         except InnkeeperError as error:
