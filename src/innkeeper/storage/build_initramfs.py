@@ -173,10 +173,11 @@ def needed_libraries(content: bytes) -> list[str]:
 
 
 def add_modules(tree: Tree, root: Path, release: str, load: Iterable[str], extra: Iterable[str]) -> None:
-    """Kernel modules with what they depend on, unpacked; `modules.dep` for modprobe, and `/etc/modules`: what to
-    load at boot. A module that the kernel has not, or has built in, is left out."""
+    """Kernel modules with what they depend on, unpacked; `modules.dep` and `modules.alias` for modprobe, and
+    `/etc/modules`: what to load at boot. A module that the kernel has not, or has built in, is left out."""
     modules = {_module_name(path): path for path in sorted(_modules_folder(root, release).rglob("*.ko*"))}
     needs: dict[str, list[str]] = {}
+    aliases: list[str] = []
 
     def add(name: str) -> bool:
         if name in needs:
@@ -187,6 +188,7 @@ def add_modules(tree: Tree, root: Path, release: str, load: Iterable[str], extra
         needs[name] = []
         tree.file(f"usr/lib/modules/{release}/{name}.ko", content)
         # .modinfo is a list of NUL-terminated key=value; names there may be written with - or _
+        aliases.extend(f"alias {a.decode()} {name}\n" for a in re.findall(rb"\0alias=([^\0 ]+)(?=\0)", content))
         match = re.search(rb"\0depends=([^\0]*)\0", content)
         for other in (match[1].decode() if match else "").split(","):
             if other and add(_normal(other)):
@@ -202,6 +204,7 @@ def add_modules(tree: Tree, root: Path, release: str, load: Iterable[str], extra
         for name, others in needs.items()
     )
     tree.file(f"usr/lib/modules/{release}/modules.dep", dependencies.encode())
+    tree.file(f"usr/lib/modules/{release}/modules.alias", "".join(aliases).encode())
     tree.file("etc/modules", "".join(f"{name}\n" for name in loaded).encode())
 
 
