@@ -21,9 +21,13 @@ import pytest
 
 from innkeeper.base.errors import AgentFailed, AgentUnavailable, InnkeeperError, InvalidInput
 from innkeeper.qemu import agent as agent_module
+from innkeeper.qemu import agent_exec
 from innkeeper.qemu.agent import LINE_LIMIT, Agent
 from innkeeper.qemu.agent_exec import STDIN_LIMIT, Chunk, Exit, capture, execute
 from innkeeper.qemu.agent_files import read_file, write_file
+
+SLEEP = f"60.{os.getpid()}"
+"""Seconds; told apart from other tests' sleeps."""
 
 QEMU_GA = shutil.which("qemu-ga") or shutil.which("/usr/sbin/qemu-ga")
 
@@ -48,6 +52,11 @@ async def folder(tmp_path: Path) -> AsyncIterator[Path]:
         await process.wait()
 
 
+@pytest.fixture(autouse=True)
+def own_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(agent_exec, "FILE_PREFIX", f"inn-test-{os.getpid()}-")
+
+
 @pytest.fixture
 async def agent(folder: Path) -> AsyncIterator[Agent]:
     async with Agent(folder) as agent:
@@ -68,8 +77,9 @@ async def run(agent: Agent, *argv: str, **options: object) -> tuple[Exit, bytes,
     return end, out, err
 
 
-def leftovers() -> set[str]:
-    return {str(path) for place in ("/run", "/tmp") for path in Path(place).glob("inn-*")}
+def leftovers() -> list[Path]:
+    """Files of this process in the "guest", which others on this host may be using too."""
+    return [path for place in ("/run", "/tmp") for path in Path(place).glob(agent_exec.FILE_PREFIX + "*")]
 
 
 async def raw(folder: Path, data: bytes) -> None:
@@ -130,11 +140,10 @@ async def test_calls_may_overlap(agent: Agent) -> None:
 
 
 async def test_status_and_both_outputs(agent: Agent) -> None:
-    before = leftovers()
     assert await run(agent, "true") == (Exit(0), b"", b"")
     assert await run(agent, "sh", "-c", "echo out; echo err >&2; exit 7") == (Exit(7), b"out\n", b"err\n")
     assert (await run(agent, "sh", "-c", "kill -9 $$"))[0].status == 137
-    assert leftovers() == before
+    await until(lambda: leftovers() == [])
 
 
 async def test_a_short_command_takes_few_questions(agent: Agent) -> None:
@@ -183,14 +192,13 @@ async def test_stdin(agent: Agent, tmp_path: Path) -> None:
 @pytest.mark.parametrize("size", [65535, 65536, 65537, 3_000_000])
 async def test_outputs_of_all_sizes_are_whole(agent: Agent, tmp_path: Path, size: int) -> None:
     """Around the limit of what comes back with the status, and NUL bytes only, which shells lose."""
-    before = leftovers()
     end, out, err = await run(agent, "sh", "-c", f"head -c {size} /dev/zero; head -c {size} /dev/zero >&2")
     assert (end, len(out), len(err)) == (Exit(0), size, size)
     file = tmp_path / "data"
     file.write_bytes(os.urandom(size))
     end, out, _ = await run(agent, "sh", "-c", f"cat {file}; sleep 0.3; cat {file}")
     assert out == file.read_bytes() * 2
-    assert leftovers() == before
+    await until(lambda: leftovers() == [])
 
 
 async def test_output_comes_while_the_command_runs(agent: Agent, tmp_path: Path) -> None:
@@ -210,13 +218,12 @@ async def test_reopening_the_outputs_loses_nothing(agent: Agent) -> None:
 
 
 async def test_a_process_left_behind_does_not_hold_the_caller(agent: Agent, tmp_path: Path) -> None:
-    before = leftovers()
     end, out, _ = await run(agent, "sh", "-c", f"sleep 60 & echo $! >{tmp_path}/pid; echo started; exit 3")
     assert (end.status, out) == (3, b"started\n")
     pid = int((tmp_path / "pid").read_text())
     os.kill(pid, 0)  # it lives on, as it would after a login
     os.kill(pid, 9)
-    assert leftovers() == before
+    await until(lambda: leftovers() == [])
 
 
 async def until(condition: Callable[[], bool]) -> None:
@@ -233,7 +240,6 @@ def gone(pid: int) -> bool:
 
 @pytest.mark.parametrize("script", ["sleep 60", "trap '' TERM; sleep 60 & wait; sleep 60"])
 async def test_a_cancelled_command_is_ended_with_its_children(agent: Agent, tmp_path: Path, script: str) -> None:
-    before = leftovers()
     pids = tmp_path / "pids"
     task = asyncio.create_task(run(agent, "sh", "-c", f"echo $$ >{pids}; {script}"))
     await until(lambda: pids.exists() and bool(pids.read_text().strip()))
@@ -241,26 +247,25 @@ async def test_a_cancelled_command_is_ended_with_its_children(agent: Agent, tmp_
     with pytest.raises(asyncio.CancelledError):
         await task
     await until(lambda: gone(int(pids.read_text())))
-    assert leftovers() == before
+    await until(lambda: leftovers() == [])
     await agent.ping()
 
 
 async def test_cancelling_at_any_moment_leaves_nothing(agent: Agent) -> None:
-    before = leftovers()
     for step in range(6):
-        task = asyncio.create_task(run(agent, "sleep", "61.5"))
+        task = asyncio.create_task(run(agent, "sleep", SLEEP))
         await asyncio.sleep(step * 0.03)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-    assert leftovers() == before
-    assert (await run(agent, "pgrep", "-f", "^sleep 61.5"))[1] == b""
+    await until(lambda: leftovers() == [])
+    assert (await run(agent, "pgrep", "-f", f"^sleep {SLEEP}"))[1] == b""
 
 
 async def test_a_deadline_ends_the_command(agent: Agent) -> None:
     with pytest.raises(AgentFailed, match="killed"):
-        await run(agent, "sleep", "62.5", timeout=0.3)
-    assert (await run(agent, "pgrep", "-f", "^sleep 62.5"))[1] == b""
+        await run(agent, "sleep", SLEEP, timeout=0.3)
+    assert (await run(agent, "pgrep", "-f", f"^sleep {SLEEP}"))[1] == b""
 
 
 async def test_kill_0_in_a_script_spares_the_agent(agent: Agent) -> None:
@@ -474,7 +479,8 @@ async def test_answers_that_make_no_sense(tmp_path: Path, answer: Callable[[dict
 
 async def test_ids_of_others_are_not_believed(tmp_path: Path) -> None:
     def answer(question: dict[str, object]) -> bytes:
-        lies = [{"return": {"host-name": "liar"}, "id": name} for name in ("__qmp#00001", None, 1, [], {})]
+        names: list[object] = ["__qmp#00001", None, 1, [], {}]
+        lies = [{"return": {"host-name": "liar"}, "id": name} for name in names]
         truth = {"return": {"host-name": "truth"}, "id": question["id"]}
         return b"".join(json.dumps(message).encode() + b"\n" for message in (*lies, truth, truth))
 
@@ -484,7 +490,7 @@ async def test_ids_of_others_are_not_believed(tmp_path: Path) -> None:
 
 async def test_more_bytes_than_asked_for_are_refused(tmp_path: Path) -> None:
     def answer(question: dict[str, object]) -> bytes:
-        value: object = {"buf-b64": base64.b64encode(bytes(1_000_000)).decode(), "count": 1_000_000, "eof": False}
+        value: object = {"buf-b64": base64.b64encode(bytes(2_000_000)).decode(), "count": 2_000_000, "eof": False}
         return reply(1 if question["execute"] == "guest-file-open" else value)(question)
 
     async with hostile(tmp_path, answers(answer)) as folder, Agent(folder) as agent:

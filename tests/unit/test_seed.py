@@ -247,7 +247,7 @@ def test_any_text_gives_an_answer(text: str) -> None:
     for kind in ("user-data", "vendor-data", "meta-data", "network-config"):
         for first in ("", "#cloud-config\n", "MIME-Version: 1.0\n"):
             try:
-                validate(kind, first + text, "f")  # type: ignore[arg-type]
+                validate(kind, first + text, "f")
             except SeedInvalid as error:
                 assert error.facts["line"] >= 1
 

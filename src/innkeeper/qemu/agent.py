@@ -18,6 +18,7 @@ import json
 import os
 import secrets
 import socket
+from collections.abc import AsyncGenerator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, TypeVar
@@ -86,7 +87,7 @@ class _Channel(QMPClient):
             if isinstance(reply, dict) and "event" not in reply:
                 number = reply.get("id")
                 if isinstance(number, str) and number in self._pending:
-                    return Message(reply)
+                    return Message(reply, eager=False)
             await asyncio.sleep(0)  # a flood of junk must not keep the other tasks from running
 
     def abort(self) -> None:
@@ -288,6 +289,24 @@ async def read_block(agent: Agent, handle: int, count: int) -> tuple[bytes, bool
     command = "guest-file-read"
     answer = shaped(await agent.call(command, {"handle": handle, "count": count}), dict, command)
     return decoded(answer.get("buf-b64"), count, command), answer.get("eof") is True
+
+
+async def read_ahead(agent: Agent, handle: int, count: int) -> AsyncGenerator[bytes, None]:
+    """The rest of a file in blocks of `count` bytes; the next one is always under way. Use it under `aclosing`."""
+    pending: list[asyncio.Task[tuple[bytes, bool]]] = []
+    try:
+        ended = False
+        while not ended:
+            while len(pending) < 2:
+                pending.append(asyncio.create_task(read_block(agent, handle, count)))
+            data, ended = await pending.pop(0)
+            ended = ended or not data
+            if data:
+                yield data
+    finally:
+        for task in pending:
+            task.cancel()
+        await asyncio.gather(*pending, return_exceptions=True)
 
 
 async def _connect(folder: Path, name: str) -> socket.socket:

@@ -14,13 +14,14 @@ import asyncio
 import base64
 import re
 import secrets
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Literal
 
 from innkeeper.base.errors import AgentFailed, AgentUnavailable, InvalidInput
 from innkeeper.base.units import KIB, MIB, format_size
-from innkeeper.qemu.agent import Agent, decoded, open_file, read_block, shaped
+from innkeeper.qemu.agent import Agent, decoded, open_file, read_ahead, read_block, shaped
 
 STDIN_LIMIT = 1 * MIB
 """Bytes of input that go with the command; more has to be uploaded first (`stdin_path`)."""
@@ -44,6 +45,9 @@ BLOCK = 256 * KIB
 CAPTURE_LIMIT = 16 * MIB
 """qemu-ga's own limit for one captured output (GUEST_EXEC_MAX_OUTPUT)."""
 
+FILE_PREFIX = "inn-"
+"""How the names of the output files in the guest begin."""
+
 _FOLDERS = ("/run", "/tmp")
 _FORBIDDEN = ("CommandNotFound", "CommandDisabled")
 _WORD_LIMIT = 128 * KIB - 1
@@ -51,7 +55,8 @@ _WORD_LIMIT = 128 * KIB - 1
 
 # $1 name of the files, $2 folder to run in or "", $3 file for stdin or "", $4 number of variables, then NAME=VALUE and
 # the command. Positional, so that nothing of it is read as shell code. Pipe A (fd 5) carries stdout, pipe B stderr.
-# `set -C` opens with O_EXCL: the files are new and ours. dd tells "0+…" when it met the end before a full block.
+# `set -C` opens with O_EXCL: the files are new and ours. dd tells "0+…" when it met the end before a full block. The
+# files go in the background, to not keep the answer waiting; a large output stays until it was read, or for a minute.
 _WRAPPER = r"""
 d=/run; [ -d $d ] && [ -w $d ] || d=/tmp
 f=$d/$1 cwd=$2 in=$3 n=$4
@@ -78,11 +83,7 @@ big= rc=
 [ ! -s $f.out ] || case $(dd bs=65536 count=1 <$f.out 2>&1 >&3) in 0+*) ;; *) big=1 ;; esac
 [ ! -s $f.err ] || case $(dd bs=65536 count=1 <$f.err 2>&1 >&4) in 0+*) ;; *) big=1 ;; esac
 read -r rc <$f.rc || echo "innkeeper: the output was lost: no room in the guest's $d" >&2
-if [ -z "$big" ]; then
-  rm -f $f.out $f.err $f.rc
-else
-  (sleep 60; rm -f $f.out $f.err $f.rc) <&- >/dev/null 2>&1 3>&- 4>&- &
-fi
+{ [ -z "$big" ] || sleep 60; rm -f $f.out $f.err $f.rc; } </dev/null >/dev/null 2>&1 3>&- 4>&- &
 exit ${rc:-125}
 """
 
@@ -152,7 +153,7 @@ async def execute(
     stdin_path: str | None = None,
     cwd: str | None = None,
     timeout: float | None = None,
-) -> AsyncIterator[Chunk | Exit]:
+) -> AsyncGenerator[Chunk | Exit, None]:
     """Yields the command's output as it comes, then one `Exit`.
 
     `env` adds to the agent's environment; `stdin` has at most `STDIN_LIMIT` bytes, `stdin_path` is a file in the guest;
@@ -170,7 +171,7 @@ async def execute(
         if path is not None and (not path.startswith("/") or "\0" in path):
             raise InvalidInput(f"{name} {path!r} is not an absolute path", field=name)
     variables = [f"{key}={value}" for key, value in (env or {}).items()]
-    run = _Run(agent, f"inn-{secrets.token_hex(16)}", argv[0], timeout)
+    run = _Run(agent, FILE_PREFIX + secrets.token_hex(16), argv[0], timeout)
     wrapped = ["-c", _WRAPPER, "sh", run.name, cwd or "", stdin_path or "", str(len(variables)), *variables, *words]
     try:
         for launcher in list(agent.launchers):
@@ -199,7 +200,7 @@ async def _plain(
     stdin: bytes | None,
     needs_shell: str | None,
     timeout: float | None,
-) -> AsyncIterator[Chunk | Exit]:
+) -> AsyncGenerator[Chunk | Exit, None]:
     """Without a shell in the guest (Windows)."""
     if needs_shell is not None:
         raise InvalidInput("this guest has no shell: neither cwd nor stdin_path can be used")
@@ -241,7 +242,7 @@ class _Run:
             raise
         self._starting = None
 
-    async def follow(self) -> AsyncIterator[Chunk | Exit]:
+    async def follow(self) -> AsyncGenerator[Chunk | Exit, None]:
         assert self.pid is not None
         clock = asyncio.get_running_loop().time
         began, delay, ended = clock(), POLL_MIN, None
@@ -304,13 +305,14 @@ class _Run:
     async def _read(self, name: str) -> bytes:
         return (await read_block(self.agent, self.handles[name], BLOCK))[0]
 
-    async def _rest(self, stream: str) -> AsyncIterator[bytes]:
+    async def _rest(self, stream: str) -> AsyncGenerator[bytes, None]:
         if stream not in self.handles:
             await self._open()
         if stream not in self.handles:
             raise AgentFailed(f"the output of {self.title!r} is gone from the guest")
-        while data := await self._read(stream):
-            yield data
+        async with aclosing(read_ahead(self.agent, self.handles[stream], BLOCK)) as blocks:
+            async for data in blocks:
+                yield data
 
     async def clean(self) -> None:
         """Closes what is open in the guest, ends the command if it still runs, removes its files. May be repeated."""
