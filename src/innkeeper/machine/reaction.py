@@ -87,6 +87,8 @@ def _stop(status: Status, runstate: str) -> Reaction:
     if status.pausing == _RESTARTING:
         return Reaction(replace(status, pausing=""))
     reason = status.pausing or _STOPPED_BY.get(runstate, "")
+    if status.state == "paused":  # known already: this STOP was on its way when the state was read
+        return Reaction(replace(status, reason=status.reason or reason, pausing=""))
     paused = replace(status, state="paused", reason=reason, pausing="")
     if status.pausing:
         return Reaction(paused)  # the event that told why was news already

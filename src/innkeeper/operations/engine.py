@@ -82,6 +82,7 @@ class Engine:
         self._fault = fault or Faults()
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._cancelled: set[str] = set()
+        self._leaving = False
         self._reports: set[asyncio.Task[None]] = set()
         self._interruptible: set[str] = set()
         """Operations that are in a `do`: never an undo or an end, which a cancel must not break off."""
@@ -188,6 +189,7 @@ class Engine:
 
     async def stop(self) -> None:
         """Interrupt what runs, without undoing: the next daemon goes on with it."""
+        self._leaving = True
         tasks, self._tasks = list(self._tasks.values()), {}
         for task in tasks:
             task.cancel()
@@ -234,12 +236,12 @@ class Engine:
                 await self._do(ctx, verb, index)
                 index += 1
         except asyncio.CancelledError:
-            task = asyncio.current_task()
-            assert task is not None
-            if ctx.operation in self._cancelled and task.uncancel() == 0:
+            if self._leaving:
+                raise
+            if ctx.operation in self._cancelled:
+                if task := asyncio.current_task():
+                    task.uncancel()  # it was heeded: the undoing is not cancelled
                 return index, _cancelled(verb, ctx)
-            if task.cancelling():
-                raise  # the daemon is leaving
             return index, _problem(RuntimeError("something that the step waited for was cancelled"))
         except Exception as failure:
             return index, _problem(failure)
