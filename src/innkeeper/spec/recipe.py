@@ -167,8 +167,11 @@ def parse_recipe(content: str, path: Path) -> Recipe:
     """A recipe from its text; the files it names lie beside `path`. Raises `RecipeInvalid`."""
     try:
         data = yaml.safe_load(content)
-    except yaml.YAMLError as error:
-        raise RecipeInvalid(f"{path} is not YAML: {error}") from error
+    except yaml.YAMLError as error:  # its own text would quote the file, which may be none of the caller's business
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or "a character that YAML does not allow"
+        raise RecipeInvalid(f"{path}{where}: not YAML: {problem}") from error
     if not isinstance(data, dict):
         raise RecipeInvalid(f"{path} is not a recipe: a mapping of fields is expected")
     try:

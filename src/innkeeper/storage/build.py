@@ -120,8 +120,11 @@ def recipe_digest(recipe: Recipe) -> str:
     digest = hashlib.sha256(recipe.model_dump_json().encode())
     folder = recipe.files_folder
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()] if folder else []
-    for path in [*files, *([recipe.script_file] if recipe.script_file else [])]:
-        digest.update(path.name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
+    named = [(path.relative_to(folder).as_posix(), path) for path in files if folder]
+    if recipe.script_file:
+        named.append(("", recipe.script_file))
+    for name, path in named:
+        digest.update(name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
     return digest.hexdigest()
 
 

@@ -86,11 +86,10 @@ class Progress:
         if match := re.search(r"(\d+) newly installed", line):
             self._run = min(self._run + 1, len(self._shares) - 1)
             self._total, self._done = int(match[1]) * self._steps, 0
-        elif match := re.match(r"Get:\d+ \S+ \S+ \S+ (\S+) (?:\S+ )?(\S+) \[(.+)\]", line):
-            if self._run < 0:
-                self._report(None, "reading the package lists")
-            else:
-                self._step(f"downloading {match[1]}")
+        elif self._run < 0 and line.startswith("Get:"):
+            self._report(None, "reading the package lists")
+        elif match := re.match(r"Get:\d+ \S+ \S+ \S+ (\S+) .*\[.+\]", line):
+            self._step(f"downloading {match[1]}")
         elif match := re.match(r"Unpacking (\S+?)(?::\w+)? \(", line):
             self._step(f"unpacking {match[1]}")
         elif match := re.match(r"Setting up (\S+?)(?::\w+)? \((.+)\)", line):
