@@ -92,9 +92,10 @@ def _say_plan(options: argparse.Namespace, image: str, packages: list[str]) -> N
         rows.append(("Group", f"{GROUP}, whose members may use Innkeeper" + (f": {person}" if person else "")))
     if _systemd() and not UNIT.exists():
         rows.append(("Service", str(UNIT)))
-    if not options.no_guest:
-        rows.append(("Image", f"{image}, built from Debian's packages, if it is not there"))
-        rows.append(("Guest", f"{GUEST}: 2 vCPU, {options.memory} RAM, 20G thin disk, SSH forwarded, if not there"))
+    if not options.no_guest and not _ask("info", GUEST):
+        if not _ask("image", "info", image):
+            rows.append(("Image", f"{image}, built from Debian's packages"))
+        rows.append(("Guest", f"{GUEST}: 2 vCPU, {options.memory} RAM, 20G thin disk, SSH forwarded"))
     print("It will put here:" if rows else "Everything is here.")
     for label, text in rows:
         lines = _wrap(text, 76)
@@ -257,9 +258,8 @@ def _daemon(steps: Steps) -> str:
     status = _ask("daemon", "status") or {}
     if not status.get("running"):
         raise StepFailed("innkeeperd was started and does not answer", "see inn daemon status")
-    how = "by systemd" if _systemd() else "on its own"
-    before = "runs already" if fresh else "restarted, guests went on" if running else "started"
-    return f"{before} {how}, pid {status['pid']}"
+    before = "runs already" if fresh else "restarted; guests went on" if running else "started"
+    return f"{before}, pid {status['pid']}" + (", as a systemd service" if _systemd() else "")
 
 
 def _newest_source() -> float:
@@ -274,7 +274,9 @@ def _started(daemon: dict[str, Any]) -> float:
 
 
 def _ask(*words: str) -> dict[str, Any] | None:
-    """What `inn … -o json` answers, None where it fails."""
+    """What `inn … -o json` answers, None where it fails or is not there yet."""
+    if not (VENV / "bin/inn").exists():
+        return None
     answer = subprocess.run(
         [VENV / "bin/inn", *words, "-o", "json"],
         capture_output=True, text=True, env=os.environ | {"INNKEEPER_NO_AUTOSTART": "1"},

@@ -64,11 +64,13 @@ async def build_disk(
             "FREE": recipe.disk.free,
             "UUID": root_uuid,
         }
-        hook = "".join(f"{name}={value}\n" for name, value in settings.items()) + ROOT_HOOK.read_text()
+        # A file, because mmdebstrap repeats a failing hook's whole text after its error.
+        script = workspace / "root.sh"
+        script.write_text("".join(f"{name}={value}\n" for name, value in settings.items()) + ROOT_HOOK.read_text())
         packages = await install(
             recipe,
             essential_hooks=[early],
-            customize_hooks=[late, hook],
+            customize_hooks=[late, f'sh {shlex.quote(str(script))} "$1"'],
             workspace=workspace,
             job=job,
             report=report,

@@ -186,12 +186,15 @@ async def own_space(job: str) -> list[str]:
     """A prefix that gives a program its own mounts and processes, which vanish with it however it ends (as root,
     mmdebstrap mounts /proc, /sys and /dev in the root it makes), and as a plain user its own user namespace with
     subordinate ids. Empty where that is not allowed."""
-    prefix = ["unshare", "--mount", "--propagation=private", "--pid", "--fork", "--kill-child", "--mount-proc"]
-    if os.geteuid() != 0:
-        prefix[1:1] = ["--user", "--map-root-user", "--map-auto"]
-    with suppress(ToolFailed):
-        await run_tool([*prefix, "true"], limits=Limits(seconds=30), job=job, no_new_privs=False)
-        return prefix
+    # In a plain chroot / is no mount point, so nothing can be made private; then who mounts has to unmount.
+    for propagation in ("private", "unchanged"):
+        prefix = ["unshare", "--mount", f"--propagation={propagation}"]
+        prefix += ["--pid", "--fork", "--kill-child", "--mount-proc"]
+        if os.geteuid() != 0:
+            prefix[1:1] = ["--user", "--map-root-user", "--map-auto"]
+        with suppress(ToolFailed):
+            await run_tool([*prefix, "true"], limits=Limits(seconds=30), job=job, no_new_privs=False)
+            return prefix
     return []
 
 

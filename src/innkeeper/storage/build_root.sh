@@ -37,7 +37,10 @@ find "$root/var/log" -type f -delete
 # The root without what is mounted in it: a bind mount shows that. Where mounting is not allowed nothing is mounted.
 tree=$root
 mkdir "$root.tree"
-if mount --bind "$root" "$root.tree" 2>/dev/null; then tree=$root.tree; fi
+if mount --bind "$root" "$root.tree" 2>/dev/null; then
+    tree=$root.tree
+    trap 'umount "$tree"' EXIT
+fi
 if [ -e "$tree/proc/self" ]; then
     echo "$root/proc is mounted, and no bind mount can be made to look behind it" >&2
     exit 1
