@@ -64,6 +64,8 @@ def react(status: Status, event: str, data: Mapping[str, Any], *, disc: bool) ->
         return _shutdown(status, str(data.get("reason", "")), disc)
     if status.ending:  # nothing but the end of the process changes it any more
         return Reaction(status)
+    if status.pausing == _RESTARTING and event in ("STOP", "BLOCK_IO_ERROR", "GUEST_PANICKED"):
+        return Reaction(status)
     if event == "STOP":
         return _stop(status, str(data.get("status", "")))
     if event == "RESUME":
@@ -84,8 +86,6 @@ def react(status: Status, event: str, data: Mapping[str, Any], *, disc: bool) ->
 
 
 def _stop(status: Status, runstate: str) -> Reaction:
-    if status.pausing == _RESTARTING:
-        return Reaction(replace(status, pausing=""))
     reason = status.pausing or _STOPPED_BY.get(runstate, "")
     if status.state == "paused":  # known already: this STOP was on its way when the state was read
         return Reaction(replace(status, reason=status.reason or reason, pausing=""))
@@ -119,9 +119,11 @@ def _disk_error(status: Status, data: Mapping[str, Any]) -> Reaction:
 def _shutdown(status: Status, reason: str, disc: bool) -> Reaction:
     if status.ending:
         return Reaction(status)  # QEMU says it again when it quits; the first one told why
+    if reason == "guest-reset" and status.pausing == _RESTARTING:
+        return Reaction(status)  # firmware and kernels try several ways to reset, and QEMU tells of each
     if reason == "guest-reset" and disc:
         news = News("vm.ejected", "the guest restarted, so its disc was ejected: it boots from its own disk now")
-        known = replace(status, agent=False, pausing=_RESTARTING)  # a STOP follows, and RESUME after the reset
+        known = replace(status, agent=False, pausing=_RESTARTING)  # until the RESUME after the reset
         return Reaction(known, (news,), ("eject-and-reset",))
     why = {
         "guest-shutdown": "the guest shut down",
