@@ -22,7 +22,7 @@ cp "$root/usr/lib/grub/i386-pc/boot.img" "$root/usr/lib/shim/shimx64.efi.signed"
     "$root/innkeeper-grub"
 mkdir -p "$root/boot/grub/i386-pc"
 cp "$root"/usr/lib/grub/i386-pc/*.mod "$root"/usr/lib/grub/i386-pc/*.lst "$root/boot/grub/i386-pc"
-tar -C "$root/innkeeper-grub" -cf - . >&"$FILES_FD"
+tar -C "$root/innkeeper-grub" -cf - . >"/proc/self/fd/$FILES_FD"
 rm -r "$root/innkeeper-grub" "$root/innkeeper-early.cfg"
 
 # What mmdebstrap itself would clean after this hook.
