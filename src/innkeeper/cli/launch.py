@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,7 @@ def launch(inn: Innkeeper, args: Namespace) -> int:
     }
     operation = _begin(inn, args, options)
     if args.ssh_key and private:
-        identity.remember(inn.vm(operation.target).info["id"], private)
+        _remember(inn, operation, private)
     return conclude(args, operation, lambda done: _said(inn, done))
 
 
@@ -61,6 +62,17 @@ def _begin(inn: Innkeeper, args: Namespace, options: dict[str, Any]) -> Operatio
             if args.name or error.code != "name-taken" or attempt == TRIES - 1:
                 raise
     raise AssertionError("unreachable")
+
+
+def _remember(inn: Innkeeper, operation: Operation, private: list[Path]) -> None:
+    """Keep which keys open this guest, as soon as it has an id: its operation has only just begun."""
+    for _ in range(30):
+        try:
+            return identity.remember(inn.vm(operation.target).info["id"], private)
+        except ApiError as error:
+            if error.status != 404 or operation.poll().ended:
+                return
+            time.sleep(0.1)
 
 
 def _keys(inn: Innkeeper, args: Namespace) -> tuple[list[str], list[Path]]:

@@ -9,6 +9,7 @@ from typing import NoReturn, TypeVar
 
 from innkeeper.base.errors import InvalidInput
 from innkeeper.base.units import parse_duration, parse_size
+from innkeeper.cli import terminal
 from innkeeper.cli.table import Argument, Command
 from innkeeper.client.wishes import parse_publish
 
@@ -141,7 +142,8 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
     """Wraps the description, keeps the examples as they are."""
 
     def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=26)
+        # The width is told, since argparse would import shutil (3 ms) to find it, and needs none unless help is shown.
+        super().__init__(prog, max_help_position=26, width=min(terminal.width(), 100) - 2)
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         if text.startswith("examples:"):
