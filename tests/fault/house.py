@@ -68,6 +68,7 @@ class House(Daemon):
             "INNKEEPER_HOME": str(self.home.data),
             "INNKEEPER_POOL": str(self.home.pool),
             "INNKEEPER_FAULT": fault,
+            "TEST_SSH_PORTS": str(20000 + os.getpid() % 400 * 50),  # every home counts from the same number
         }
         self.process = fork_server().fork(env, self.home.daemon_log)  # type: ignore[assignment]
         if wait:
@@ -140,6 +141,8 @@ class House(Daemon):
             if vm["state"] in IN_BETWEEN - ({"deleting"} if deleting else set()):
                 yield f"{vm['name']} is {vm['state']} for ever"
         yield from self._processes(vms, under("live/"))
+        if tools := self.tools(set(under("operation/"))):
+            yield f"tools are left: {tools}"
         yield from self._claims(vms, images, documents)
         yield from self._folders(vms, images)
 
@@ -160,17 +163,15 @@ class House(Daemon):
             sockets = {path.name for path in self.home.vm(id).glob("*.sock")}
             if sockets and id not in running:
                 yield f"sockets of {vm['name']} ({vm['state']}) are left: {sockets}"
-        if tools := self.tools():
-            yield f"tools are left: {tools}"
 
-    def tools(self) -> list[str]:
-        """Command lines of tools that an operation of this home started."""
+    def tools(self, operations: set[str]) -> list[str]:
+        """Command lines of tools that one of these operations started."""
         found = []
         for entry in Path("/proc").iterdir():
             if entry.name.isdigit():
                 try:
                     environment = (entry / "environ").read_bytes().split(b"\0")
-                    if b"INNKEEPER_JOB_HOME=" + os.fsencode(self.home.data) in environment:
+                    if any(pair.removeprefix(b"INNKEEPER_JOB=").decode() in operations for pair in environment):
                         found.append((entry / "cmdline").read_bytes().replace(b"\0", b" ").decode())
                 except OSError:
                     continue
@@ -186,7 +187,8 @@ class House(Daemon):
         expected |= {f"name/image/{image['name']}": id for id, image in images.items()}
         found = {key: value["id"] for key, value in documents.items() if key.startswith(("name/", "slot/", "port/"))}
         if found != expected:
-            yield f"claims differ: left over {found.items() - expected.items()}, lost {expected.items() - found.items()}"
+            over, lost = found.items() - expected.items(), expected.items() - found.items()
+            yield f"claims differ: left over {over}, lost {lost}"
         secrets = {key.removeprefix("secret/vm/") for key in documents if key.startswith("secret/")}
         if secrets != set(vms):
             yield f"secrets of {secrets ^ set(vms)} have no VM, or the other way round"
@@ -194,7 +196,7 @@ class House(Daemon):
     def _folders(self, vms: dict[str, Any], images: dict[str, Any]) -> Iterator[str]:
         for folder, wanted in ((self.home.vms, set(vms)), (self.home.images, set(images)), (self.home.work, set())):
             there = {path.name for path in folder.iterdir()}
-            if there ^ wanted - {id for id, vm in vms.items() if vm["state"] == "deleting"}:
+            if (there ^ wanted) - {id for id, vm in vms.items() if vm["state"] == "deleting"}:
                 yield f"{folder} has {there}, and the documents say {wanted}"
         for id, image in images.items():
             for name, digest in image["digests"].items():
@@ -217,4 +219,3 @@ def attempt(house: House, act: Any) -> Operation | None:
         if house.dead:
             return None
         raise
-

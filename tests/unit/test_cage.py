@@ -53,9 +53,7 @@ async def test_stdout_is_returned_and_lines_are_handed_on() -> None:
 
 async def test_environment_is_minimal_and_marked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SECRET", "from the daemon")
-    out = await run_tool(
-        [sys.executable, "-c", FACTS], limits=SOON, cwd=tmp_path, env={"EXTRA": "1"}, job="op1", home="/srv/h"
-    )
+    out = await run_tool([sys.executable, "-c", FACTS], limits=SOON, cwd=tmp_path, env={"EXTRA": "1"}, job="op1")
     facts = json.loads(out)
     env = facts["env"]
     assert env.pop("INNKEEPER_RUN")
@@ -66,7 +64,6 @@ async def test_environment_is_minimal_and_marked(tmp_path: Path, monkeypatch: py
         "TZ": "UTC",
         "EXTRA": "1",
         "INNKEEPER_JOB": "op1",
-        "INNKEEPER_JOB_HOME": "/srv/h",
     }
     assert facts["cwd"] == str(tmp_path)
     assert facts["stdin"] == ""
@@ -130,9 +127,7 @@ async def test_what_cannot_start_is_an_error_of_ours(tmp_path: Path) -> None:
 async def test_file_size_limit(tmp_path: Path) -> None:
     target = tmp_path / "big"
     with pytest.raises(ToolFailed, match=r"file size limit|File too large"):
-        await run_tool(
-            ["sh", "-c", f"exec head -c 2M /dev/zero > {target}"], limits=Limits(30, file_size=1 << 20)
-        )
+        await run_tool(["sh", "-c", f"exec head -c 2M /dev/zero > {target}"], limits=Limits(30, file_size=1 << 20))
     assert target.stat().st_size == 1 << 20
 
 
@@ -189,9 +184,7 @@ async def test_background_children_do_not_outlive_a_good_run(tmp_path: Path) -> 
 
 async def test_an_escaped_child_that_holds_the_pipe_does_not_hang(tmp_path: Path) -> None:
     pids = tmp_path / "pids"
-    script = (
-        f"setsid sh -c 'echo $$ > {pids}; sleep 600' & while [ ! -s {pids} ]; do sleep 0.01; done; echo done"
-    )
+    script = f"setsid sh -c 'echo $$ > {pids}; sleep 600' & while [ ! -s {pids} ]; do sleep 0.01; done; echo done"
     assert await run_tool(["sh", "-c", script], limits=SOON) == "done\n"
     assert not alive((await pids_in(pids, 1))[0])
 
@@ -203,9 +196,7 @@ async def test_output_flood_is_bounded() -> None:
         nonlocal longest
         longest = max(longest, len(line))
 
-    out = await run_tool(
-        ["sh", "-c", "head -c 8M /dev/zero | tr '\\0' x; echo end"], limits=SOON, on_line=measure
-    )
+    out = await run_tool(["sh", "-c", "head -c 8M /dev/zero | tr '\\0' x; echo end"], limits=SOON, on_line=measure)
     assert len(out) == KEPT_OUTPUT
     assert out.endswith("xend\n")
     assert 0 < longest <= 3 << 16
@@ -230,30 +221,25 @@ async def test_no_descriptor_leaks() -> None:
     assert len(list(Path("/proc/self/fd").iterdir())) == before
 
 
-def marked(job: str, home: str) -> subprocess.Popen[bytes]:
+def marked(job: str) -> subprocess.Popen[bytes]:
     """A process as a killed daemon would have left it."""
-    environ = {**os.environ, "INNKEEPER_JOB": job, "INNKEEPER_JOB_HOME": home}
+    environ = {**os.environ, "INNKEEPER_JOB": job}
     script = "env -i sleep 600 & echo $!; wait"
     return subprocess.Popen(["sh", "-c", script], env=environ, start_new_session=True, stdout=subprocess.PIPE)
 
 
 def test_sweep_finds_leftovers_and_only_them() -> None:
-    home = f"/nonexistent/{token_hex(8)}"
-    dead, living, foreign, unmarked = processes = [
-        marked("op-dead", home),
-        marked("op-alive", home),
-        marked("op-dead", "/another/home"),
-        marked("", home),
-    ]
+    interrupted = token_hex(8)
+    dead, foreign, unmarked = processes = [marked(interrupted), marked(token_hex(8)), marked("")]
     try:
         children = [int(process.stdout.readline()) for process in processes if process.stdout]
-        swept = sweep({"op-alive"}, home)
+        swept = sweep({interrupted})
         assert dead.pid in swept
         assert set(swept) <= {dead.pid, children[0]}, "the child is marked until it clears its environment"
         assert dead.wait(10) == -9
         assert not alive(children[0]), "the group dies, also a child that cleared its environment"
-        assert [process.poll() for process in (living, foreign, unmarked)] == [None] * 3
-        assert sweep({"op-alive"}, home) == []
+        assert [process.poll() for process in (foreign, unmarked)] == [None] * 2
+        assert sweep({interrupted}) == sweep(set()) == []
     finally:
         for process in processes:
             if process.poll() is None:

@@ -129,7 +129,7 @@ async def _bring_up(home: Home, store: SQLiteStore) -> Context:
 async def _sweep(world: World) -> None:
     """Clear what killed operations left: tools that still run, folders that no document speaks of."""
     open_operations = {d.value["id"] for d in await world.store.list("operation/") if not d.value["ended"]}
-    for pid in cage.sweep(set(), str(world.home.data)):
+    for pid in cage.sweep(open_operations):
         log.warning("ended a tool of an interrupted operation", pid=pid)
     known: dict[Path, set[str]] = {
         world.home.work: open_operations,

@@ -106,7 +106,6 @@ async def run_tool(
     stdin: bytes | None = None,
     on_line: Callable[[str], None] | None = None,
     job: str = "",
-    home: str = "",
     pass_fds: Collection[int] = (),
     ok_status: Collection[int] = (0,),
     no_new_privs: bool = True,
@@ -116,7 +115,7 @@ async def run_tool(
     - `env` is added to PATH, LANG, LC_ALL and TZ; nothing is inherited.
     - `user` is the uid, and gid, to run as, without supplementary groups; only root can change it.
     - `on_line` gets each line of stdout and stderr as it comes; '\\r' ends a line too (`qemu-img -p`).
-    - `job` and `home` mark the processes for `sweep`.
+    - `job`, the id of the operation, marks the processes for `sweep`.
     - `pass_fds` are kept open in the program, under the same numbers.
     - `ok_status`: exit statuses that are no failure.
     - `no_new_privs=False` is for programs that need setuid programs (mmdebstrap as a plain user: newuidmap).
@@ -126,7 +125,7 @@ async def run_tool(
     """
     run = token_hex(8)
     environ = {"PATH": PATH, "LANG": "C.UTF-8", "LC_ALL": "C.UTF-8", "TZ": "UTC", **(env or {})}
-    environ |= {"INNKEEPER_JOB": job, "INNKEEPER_JOB_HOME": home, "INNKEEPER_RUN": run}
+    environ |= {"INNKEEPER_JOB": job, "INNKEEPER_RUN": run}
     program = Path(os.fspath(argv[0])).name
     command = _caged(argv, environ["PATH"], limits, user, no_new_privs)
 
@@ -166,18 +165,13 @@ async def run_tool(
     )
 
 
-def sweep(jobs_alive: Collection[str], home: str) -> list[int]:
-    """Kill what a killed daemon left running: processes that `run_tool` marked with this `home` and with a
-    job that is not in `jobs_alive`, and their process groups. Returns the pids that carried the mark.
+def sweep(jobs: Collection[str]) -> list[int]:
+    """Kill what a killed daemon left running: processes that `run_tool` marked with one of these operations (their
+    ids are random, so no other daemon has them), and their process groups. Returns the pids that carried the mark.
 
     Blocks until they are gone (at most `REAP_SECONDS`).
     """
-
-    def leftover(environ: Mapping[str, str]) -> bool:
-        job = environ.get("INNKEEPER_JOB", "")
-        return bool(job) and job not in jobs_alive and environ.get("INNKEEPER_JOB_HOME") == home
-
-    return _kill_marked(leftover)
+    return _kill_marked(lambda environ: environ.get("INNKEEPER_JOB", "") in jobs) if jobs else []
 
 
 def find_tool(name: str, path: str = PATH) -> str:

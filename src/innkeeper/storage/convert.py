@@ -103,7 +103,6 @@ async def convert(
     job: str,
     report: Report,
     user: int | None = None,
-    home: str = "",
 ) -> None:
     """Write the disk in `source`, whose inspected `header` this is, to a new qcow2 file `target`.
 
@@ -129,7 +128,7 @@ async def convert(
             out = os.open(target, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
             if user is not None:
                 os.fchown(out, user, user)
-            await _run_convert(header, fd, out, target.parent, job=job, home=home, user=user, report=report)
+            await _run_convert(header, fd, out, target.parent, job=job, user=user, report=report)
             if user is not None:
                 os.fchown(out, os.geteuid(), os.getegid())
             await in_thread(lambda stop: os.fsync(out))
@@ -174,7 +173,7 @@ async def create_overlay(base: Path, base_format: str, target: Path, size: int, 
         raise
 
 
-async def image_check(path: Path, *, job: str = "", home: str = "", user: int | None = None) -> CheckReport:
+async def image_check(path: Path, *, job: str = "", user: int | None = None) -> CheckReport:
     """Check the structure of one of our qcow2 files (not of what it stands on). No QEMU may have it open.
 
     Raises `ToolFailed` if it cannot be opened, `ToolTimeout`.
@@ -188,7 +187,6 @@ async def image_check(path: Path, *, job: str = "", home: str = "", user: int | 
             limits=Limits(300 + size / SLOWEST, memory=TOOL_MEMORY),
             env={"MALLOC_ARENA_MAX": "2"},
             job=job,
-            home=home,
             user=user,
             pass_fds=[fd],
             ok_status=(0, 2, 3),  # 2: corruptions, 3: leaks only
@@ -213,7 +211,6 @@ async def _run_convert(
     folder: Path,
     *,
     job: str,
-    home: str,
     user: int | None,
     report: Report,
 ) -> None:
@@ -238,7 +235,6 @@ async def _run_convert(
             limits=Limits(300 + size / SLOWEST, memory=TOOL_MEMORY, file_size=min(whole, room)),
             env={"MALLOC_ARENA_MAX": "2"},
             job=job,
-            home=home,
             user=user,
             pass_fds=[fd, out],
             on_line=on_line,
