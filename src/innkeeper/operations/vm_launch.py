@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections import deque
 from pathlib import Path
 from time import monotonic
@@ -21,6 +22,8 @@ from innkeeper.store.contract import Value
 DEFAULT_TIMEOUT = {"kvm": 300.0, "tcg": 900.0}
 """Seconds from start to ready."""
 LOOK_EVERY = 0.5
+_SEQUENCES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|[ -/]*[0-~])")
+"""What moves a terminal's cursor or clears it (ECMA-48, 5.4): firmware and boot loaders print little else."""
 CLOUD_INIT_RESULT = "/run/cloud-init/result.json"
 """Written when cloud-init has done everything (cloud-init documentation, «Files»)."""
 
@@ -101,7 +104,8 @@ async def _failure(ctx: Context, vm: Value, what: str, machine: Machine | None) 
 async def _lines(folder: Path) -> Any:
     kept: deque[str] = deque(maxlen=10)
     async for block in read(folder / "serial.log", tail=10, follow=False):
-        kept.extend(line.strip() for line in block.decode(errors="replace").splitlines() if line.strip())
+        lines = _SEQUENCES.sub("", block.decode(errors="replace")).splitlines()
+        kept.extend(line.strip() for line in lines if line.strip())
     for line in kept:
         yield line
 
