@@ -226,7 +226,9 @@ class _Check:
             for event in yaml.parse(text, Loader=_Loader):
                 depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
                 if depth > DEPTH_LIMIT:
-                    self.fail(first + event.start_mark.line, event.start_mark.column, "nested too deeply")
+                    mark = event.start_mark
+                    assert mark is not None
+                    self.fail(first + mark.line, mark.column, "nested too deeply")
             node = loader.get_single_node()
         except yaml.MarkedYAMLError as error:
             mark = error.problem_mark or error.context_mark

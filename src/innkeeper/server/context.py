@@ -54,7 +54,9 @@ class Context:
             return await self.engine.nothing(f"vm-{action}", target, answer.reason)
         if vm["operation"] and force:
             await self.engine.give_way(vm["operation"]["id"])
-            return await self.act(name, action, args)
+            if action == "delete" and await self.world.store.get(f"vm/{vm['id']}") is None:
+                return await self.engine.nothing("vm-delete", target, "undoing its launch has removed it")
+            return await self.act(vm["id"], action, args)
         return await self.engine.submit(f"vm-{action}", target, args, hold=f"vm/{vm['id']}")
 
 

@@ -17,9 +17,7 @@ from innkeeper.server.models import Problem
 MEDIA = "application/problem+json"
 STATUSES = (404, 409, 422, 500, 501, 502, 503, 504, 507)
 RESPONSES: dict[int | str, dict[str, Any]] = {
-    status: {"model": Problem, "description": HTTPStatus(status).phrase}
-    for status in STATUSES
-    if status != 500
+    status: {"model": Problem, "description": HTTPStatus(status).phrase} for status in STATUSES if status != 500
 }
 """What any route may answer besides its own success; a 500 is a bug and not part of the contract."""
 

@@ -9,6 +9,7 @@ from fastapi.responses import JSONResponse
 from pydantic import TypeAdapter, ValidationError
 
 from innkeeper.base.errors import ActionRefused, InvalidInput
+from innkeeper.machine.states import admit
 from innkeeper.operations.converge import differences, needs_new_vm
 from innkeeper.operations.vm_create import arguments
 from innkeeper.server.context import Context, Ctx, VMName
@@ -100,7 +101,13 @@ async def _converge(ctx: Context, manifest: VMManifest | ImageManifest, change: 
     vm = await ctx.world.find("vm", manifest.name)
     target = {"kind": "vm", "id": vm["id"], "name": vm["name"]}
     args = {"spec": manifest.spec().model_dump(mode="json")}
-    return [(await ctx.engine.submit("vm-update", target, args, hold=f"vm/{vm['id']}"))["id"]]
+    updated = await ctx.engine.submit("vm-update", target, args, hold=f"vm/{vm['id']}")
+    await ctx.engine.wait(updated["id"], updated["revision"], 10)
+    state = (await ctx.world.find("vm", vm["id"]))["state"]
+    wanted = {"running": "start", "stopped": "stop"}[manifest.state]
+    if admit(state, wanted).answer != "accept":
+        return [updated["id"]]
+    return [updated["id"], (await ctx.act(vm["id"], wanted, {"force": False, "timeout": None}))["id"]]
 
 
 @router.get("/vms/{vm}/export", response_model=Export, summary="A VM as a declarative document, without its secrets")

@@ -9,6 +9,7 @@ from fastapi import APIRouter, Query, Response
 from fastapi.responses import JSONResponse
 
 from innkeeper.base.errors import InvalidInput, NameTaken, Unsupported
+from innkeeper.base.units import format_size
 from innkeeper.operations.vm_create import arguments
 from innkeeper.operations.world import World
 from innkeeper.plan import ignition, seed
@@ -58,6 +59,12 @@ async def check(world: World, spec: VMSpec) -> None:
     if boot.ignition is not None:
         ignition.validate(boot.ignition, "ignition")
     seed.environment_lines(boot.env)
+    if image and spec.memory < image["min_memory"]:
+        raise InvalidInput(
+            f"image {image['name']} needs {format_size(image['min_memory'])} of memory, and this is"
+            f" {format_size(spec.memory)}",
+            field="spec.memory",
+        )
     if spec.firmware == "uefi" and image and image["kind"] == "disk":
         host = await world.host()
         if host.firmware.uefi is None:

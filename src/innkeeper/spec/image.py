@@ -51,6 +51,7 @@ class Image(Model):
     digests: dict[str, str] = Field(description="File name → BLAKE3 of its bytes")
     user: str = Field(default="", description="Login user the image is made for")
     agent: bool = Field(default=False, description="Carries the guest agent")
+    min_memory: int = Field(default=0, description="Bytes of RAM below which it does not come up; 0 where unknown")
     cloud_init: bool = Field(default=False, description="Reads a NoCloud seed")
     source: dict[str, Any] = Field(description="How it was made: recipe and inputs, or file or URL and digest")
     created: str
