@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-import re
 from collections import deque
 from pathlib import Path
 from time import monotonic
@@ -25,8 +24,6 @@ DEFAULT_TIMEOUT = {"kvm": 300.0, "tcg": 900.0}
 LOOK_EVERY = 0.5
 _SEQUENCES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|[ -/]*[0-~])")
 """What moves a terminal's cursor or clears it (ECMA-48, 5.4): firmware and boot loaders print little else."""
-_TERMINAL = re.compile(r"\x1b(\[[0-?]*[ -/]*[@-~]|[@-_])")
-"""Control sequences of a terminal (ECMA-48)."""
 CLOUD_INIT_RESULT = "/run/cloud-init/result.json"
 """Written when cloud-init has done everything (cloud-init documentation, «Files»)."""
 
@@ -117,7 +114,7 @@ async def _last_line(folder: Path) -> str:
     line = ""
     async for found in _lines(folder):
         line = found
-    return "".join(c for c in _TERMINAL.sub("", line) if c.isprintable())[:100]
+    return "".join(c for c in line if c.isprintable())[:100]
 
 
 STEPS = (*vm_create.STEPS, *vm_start.STEPS, Step("wait-until-ready", wait_until_ready, keep=True))
