@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import re
 from pathlib import Path
 
 import pytest
+from golden.hostile import hostile_strings
 from golden.specs import CASES, IMAGE_DIR, KEY, NASTY_DIR, VM_ID, Case, host, text
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -196,29 +196,6 @@ def replaced(tree, old: str, new: str):
     if isinstance(tree, list | tuple):
         return type(tree)(replaced(value, old, new) for value in tree)
     return tree.replace(old, new) if isinstance(tree, str) else tree
-
-
-PIECES = [
-    ",", "=", '"', "'", "\\", "\n", "\r", "\t", "\0", " ", "{", "}", "[", "]", ":", "/", "//", "..", "-", "--", "%",
-    "%s", "$(id)", "`id`", "${IFS}", ";", "|", "&", "<", ">", "#", "~", "*", "?", "!", "é", "☃", "\u2028", "\ufeff",
-    "\ufffe",
-    "\ufdd0", "\U0010ffff", "\u202e", "\x1b[2J", "\x7f", "json:", "nbd:", "fat:", "/dev/fdset/1", ",readonly=on",
-    ",file=/etc/shadow", '","backing":"', "\\u0000", "-S", "-incoming", "exec:id", "on", "a", "B", "0", "é" * 30,
-    "x" * 200, "guest=", "\ud800",
-]  # fmt: skip
-
-
-def hostile_strings(count: int, seed: int) -> list[str]:
-    """Pieces that mean something somewhere, and any characters there are; the same ones every time."""
-    dice = random.Random(seed)
-    made = []
-    while len(made) < count:
-        parts = [
-            dice.choice(PIECES) if dice.random() < 0.7 else "".join(chr(dice.randrange(1, 0x3000)) for _ in range(3))
-            for _ in range(dice.randint(1, 6))
-        ]
-        made.append("".join(parts))
-    return made
 
 
 BENIGN = "benign"
