@@ -289,9 +289,9 @@ def _ask(*words: str) -> dict[str, Any] | None:
 
 
 def _inn(what: str, step: str, *words: str) -> None:
-    """A long command of `inn`, which shows its own progress."""
+    """A long command of `inn`, which shows its own progress on stderr; what it says at its end is said by `_say_end`."""
     print(f"\n{dim('$ inn ' + ' '.join(words))}", flush=True)
-    status = subprocess.run([VENV / "bin/inn", *words]).returncode
+    status = subprocess.run([VENV / "bin/inn", *words], stdout=subprocess.DEVNULL).returncode
     if status == 130:
         raise KeyboardInterrupt
     if status:
