@@ -289,7 +289,7 @@ def _ask(*words: str) -> dict[str, Any] | None:
 
 
 def _inn(what: str, step: str, *words: str) -> None:
-    """A long command of `inn`, which shows its own progress on stderr; what it says at its end is said by `_say_end`."""
+    """A long command of `inn`, which shows its progress on stderr; what it says at its end, `_say_end` says."""
     print(f"\n{dim('$ inn ' + ' '.join(words))}", flush=True)
     status = subprocess.run([VENV / "bin/inn", *words], stdout=subprocess.DEVNULL).returncode
     if status == 130:
@@ -314,8 +314,8 @@ def _say_end() -> None:
     state = paint(f"● {vm.get('state')}", "32" if vm.get("state") == "running" else "33")
     rows = [
         ("Guest", f"{bold(GUEST)}  {state}  {vm.get('image')}, {size}"),
-        ("Address", f"{address}, port {port} → 22" if ssh else "none: this image has no SSH"),
-        ("Enter", bold(enter) + (dim(f"   or: ssh -p {port} {user}@{address}") if ssh else "")),
+        ("Address", f"{user}@{address}, port {port} → 22" if ssh else "none: this image has no SSH"),
+        ("Enter", bold(enter)),
         ("Console", f"inn console {GUEST}" + dim(f"   ctrl-] leaves; inn logs {GUEST} -f only watches")),
         ("Try next", "inn ls · inn host · inn help"),
         ("", f"inn launch {vm.get('image')} --name web --publish 8080:80"),
