@@ -110,7 +110,7 @@ def _page(vm: dict[str, Any], ssh: bool) -> list[tuple[str, Any]]:
     rows += _disks(vm)
     rows += _network(vm, spec, ssh)
     rows += [
-        ("ISO", spec.get("iso") or ""),
+        ("Disc", vm.get("disc") or (f"{spec['iso']}, ejected" if spec.get("iso") else "")),
         ("Agent", "answers" if vm.get("agent") else ""),
         ("Process", f"pid {vm['pid']}" if vm.get("pid") else ""),
         ("Id", (f"{vm['id']}, made {format_age(age(vm['created']))} ago", "dim") if vm.get("created") else vm["id"]),

@@ -71,6 +71,7 @@ class VMView(Open):
     ssh_port: int | None
     forwards: list[dict[str, JsonValue]]
     user: str
+    disc: str | None
     machine: dict[str, JsonValue]
     allowed_actions: dict[str, ActionView]
 

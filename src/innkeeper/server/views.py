@@ -73,6 +73,7 @@ class VMViews:
             "ssh_port": ssh_port,
             "forwards": [forward for nic in spec["nics"] for forward in nic["publish"]],
             "user": user(vm, image),
+            "disc": spec["iso"] if vm["disc"] else None,
             "machine": {
                 "accelerator": identity["accelerator"],
                 "type": identity["machine_type"],
