@@ -14,7 +14,9 @@ def test_the_document_is_the_pinned_one():
     text = json.dumps(openapi(), indent=1, sort_keys=True) + "\n"
     if os.environ.get("UPDATE_OPENAPI"):
         PINNED.write_text(text)
-    assert PINNED.read_text() == text, "run UPDATE_OPENAPI=1 pytest tests/unit/test_openapi.py and look at the difference"
+    assert PINNED.read_text() == text, (
+        "run UPDATE_OPENAPI=1 pytest tests/unit/test_openapi.py and look at the difference"
+    )
 
 
 def test_every_route_documents_its_problems():
