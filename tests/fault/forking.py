@@ -64,6 +64,7 @@ class ForkServer:
 
 
 def _serve() -> None:
+    from innkeeper.operations import vm_create
     from innkeeper.server import daemon
 
     _warm_up()
@@ -78,6 +79,7 @@ def _serve() -> None:
             for source, target in ((null, 0), (log, 1), (log, 2)):
                 os.dup2(source, target)
             os.environ.update(order["env"])
+            vm_create.SSH_PORT_BASE = int(order["env"]["TEST_SSH_PORTS"])
             if image := order["env"].get("TEST_BUILT_IMAGE"):
                 _quick_build(Path(image))
             os._exit(daemon.main())

@@ -68,7 +68,7 @@ class House(Daemon):
             "INNKEEPER_HOME": str(self.home.data),
             "INNKEEPER_POOL": str(self.home.pool),
             "INNKEEPER_FAULT": fault,
-            "TEST_SSH_PORTS": str(20000 + os.getpid() % 400 * 50),  # every home counts from the same number
+            "TEST_SSH_PORTS": str(20000 + os.getpid() % 200 * 50),  # every home counts from the same number
         }
         self.process = fork_server().fork(env, self.home.daemon_log)  # type: ignore[assignment]
         if wait:

@@ -31,7 +31,7 @@ class Scenario:
 
 
 @cache
-def port() -> int:
+def port(which: int = 0) -> int:
     """A host port that nobody has."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -81,7 +81,8 @@ def memory(mebibytes: int) -> Callable[[House], None]:
 
 
 def update(inn: Innkeeper) -> Operation:
-    document = {"kind": "vm", **spec(memory="48M")}
+    nics = [{"mode": "none"}, {"mode": "user", "publish": [{"host": port(1), "guest": 80}]}]
+    document = {"kind": "vm", "state": "stopped", **spec(memory="48M", nics=nics)}
     (operation,) = inn.apply([document])["operations"]
     return inn.operation(operation)
 
@@ -132,13 +133,39 @@ def not_listed(house: House) -> None:
     assert NAME not in [image["name"] for image in house.inn.images()]
 
 
+def build(replace: bool = False) -> Callable[[Innkeeper], Operation]:
+    return lambda inn: inn.image_build("tiny", name=NAME, replace=replace)
+
+
+def have_image(house: House) -> None:
+    import_(house.inn).wait()
+
+
+def have_used_image(house: House) -> None:
+    have_image(house)
+    house.inn.create(spec(image=NAME), start=False).wait()
+
+
+def replaced(house: House) -> None:
+    assert house.inn.image(NAME)["source"] == {"recipe": "tiny"}
+    assert house.inn.image(NAME)["users"] == []
+    # An image that a VM stands on is kept, under another name; one that nobody needs is gone.
+    others = [image["name"] for image in house.inn.images() if image["name"] != NAME]
+    assert [house.inn.image(name)["users"] for name in others] == [[vm["name"]] for vm in house.inn.vms()]
+
+
+def not_replaced(house: House) -> None:
+    (image,) = house.inn.images()
+    assert image["name"] == NAME and "file" in image["source"]
+
+
 SCENARIOS: dict[str, Scenario] = {
-    "image-build": Scenario(lambda inn: inn.image_build("tiny", name=NAME), listed, not_listed),
+    "image-build": Scenario(build(), listed, not_listed),
+    "image-build, replacing": Scenario(build(replace=True), replaced, not_replaced, have_image),
+    "image-build, replacing one in use": Scenario(build(replace=True), replaced, not_replaced, have_used_image),
     "image-import": Scenario(import_, listed, not_listed),
     "image-pull": Scenario(pull, listed, not_listed),
-    "image-delete": Scenario(
-        lambda inn: inn.image_delete(NAME), not_listed, listed, lambda house: import_(house.inn).wait()
-    ),
+    "image-delete": Scenario(lambda inn: inn.image_delete(NAME), not_listed, listed, have_image),
     "vm-create": Scenario(lambda inn: inn.create(spec(), start=False), state("stopped"), gone),
     "vm-launch": Scenario(lambda inn: inn.create(spec(), ready=False), state("running"), gone),
     "vm-start": Scenario(act("start"), state("running"), state("stopped"), make),
@@ -147,5 +174,5 @@ SCENARIOS: dict[str, Scenario] = {
     "vm-pause": Scenario(act("pause"), state("paused"), state("running"), run),
     "vm-resume": Scenario(act("resume"), state("running"), state("paused", "running"), pause),
     "vm-update": Scenario(update, memory(48), memory(32), make),
-    "vm-delete": Scenario(act("delete"), gone, state("deleting"), make),
+    "vm-delete": Scenario(act("delete"), gone, state("stopped", "deleting"), make),
 }

@@ -28,6 +28,19 @@ STATS_EVERY = 10
 """Seconds between two balloon statistics that the guest sends."""
 
 
+RECONNECT = 5.0
+"""Seconds that a QEMU that does not answer gets to do so, and between two attempts."""
+CONNECTION_LOST = 1.0
+"""Seconds after the end of the QMP connection that QEMU has for its own end."""
+
+
+async def clean(home: Home, vm_id: str) -> None:
+    """Remove what a QEMU leaves behind on the host."""
+    for name in SOCKETS:
+        (home.vm(vm_id) / name).unlink(missing_ok=True)
+    await cgroup.remove(home, vm_id)
+
+
 class Machine:
     """Owns the QEMU of one VM from its spawn or adoption to its end. Only this task writes the VM's live state."""
 
@@ -43,6 +56,9 @@ class Machine:
         self._changed = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._quiet = False
+        self._uuid = ""
+        self.recorded = asyncio.Event()
+        """The state that QEMU was found in is in the store."""
         self.over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     @property
@@ -63,25 +79,39 @@ class Machine:
 
         Raises `QmpFailed`; a QEMU that ends in between makes that known at once.
         """
-        connecting = asyncio.ensure_future(Monitor.connect(self.folder, seconds))
-        waiting: set[asyncio.Future[Any]] = {connecting, self.process.ended}
-        await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-        if not connecting.done():
-            connecting.cancel()
-            raise QmpFailed(f"{self.process.ended.result()} before it answered")
-        monitor = connecting.result()
-        answered = (await monitor.execute("query-uuid"))["UUID"]
-        if answered != uuid:
-            await monitor.close()
-            raise QmpFailed(f"the QEMU in {self.folder} is another machine's ({answered})")
-        self._monitor = monitor
-        self.disc = disc
-        await self._read_state()
+        self._uuid, self.disc = uuid, disc
+        await self._connect(seconds)
         self._task = asyncio.create_task(self._own(), name=f"machine {self.name}")
 
-    def own_without_monitor(self) -> None:
-        """Own a QEMU that does not answer: its end will be seen, and it can be killed."""
+    def own_without_monitor(self, uuid: str, state: str, *, disc: bool) -> None:
+        """Own a QEMU that does not answer: its end will be seen, it can be killed, and it may yet answer. `state` is
+        the one it was known to be in."""
+        self._uuid, self.disc = uuid, disc
+        if state in ("running", "paused", "stopping"):
+            self.status = Status(state=state)  # type: ignore[arg-type]
         self._task = asyncio.create_task(self._own(), name=f"machine {self.name}")
+
+    async def _connect(self, seconds: float) -> None:
+        connecting = asyncio.ensure_future(Monitor.connect(self.folder, seconds))
+        waiting: set[asyncio.Future[Any]] = {connecting, self.process.ended}
+        try:
+            await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            if not connecting.done():
+                connecting.cancel()
+        if not connecting.done():
+            raise QmpFailed(f"{self.process.ended.result()} before it answered")
+        monitor = connecting.result()
+        try:
+            answered = (await monitor.execute("query-uuid", seconds=seconds))["UUID"]
+            if answered != self._uuid:
+                raise QmpFailed(f"the QEMU in {self.folder} is another machine's ({answered})")
+            self._monitor = monitor
+            await self._read_state()
+        except BaseException:
+            self._monitor = None
+            await monitor.close()
+            raise
 
     async def _read_state(self) -> None:
         found = (await self.monitor.execute("query-status"))["status"]
@@ -95,28 +125,43 @@ class Machine:
             "shutdown": ("stopping", "", "the guest shut down"),
         }.get(found, ("starting", "", ""))
         self.status = Status(state=state, reason=reason, ending=ending, agent=agent)  # type: ignore[arg-type]
-        if state != "starting":
-            await self._save()
-        if ending:
-            await self._effects(react(Status(), "SHUTDOWN", {"reason": "guest-shutdown"}, disc=False))
 
     # --- the owner ---
 
     async def _own(self) -> None:
         try:
-            if self._monitor is not None:
-                async for event in self._monitor.events():
+            while not self.process.ended.done():
+                if self._monitor is not None:
+                    await self._attend(self._monitor)
+                    # The connection ends a moment before the process does; if it does not, QEMU may answer anew.
+                    await asyncio.wait({self.process.ended}, timeout=CONNECTION_LOST)
+                    if not self.process.ended.done():
+                        log.warning("the QMP connection was lost", vm=self.name)
+                        await self._close()
+                else:
                     with suppress(QmpFailed):
-                        data = event.get("data", {})
-                        if event["event"] == "STOP":
-                            data = await self._monitor.execute("query-status")
-                        await self._effects(react(self.status, event["event"], data, disc=self.disc))
-            await asyncio.shield(self.process.ended)  # the connection ends a moment before the process does
+                        await self._connect(RECONNECT)
+                    if self._monitor is None:
+                        await asyncio.wait({self.process.ended}, timeout=RECONNECT)
         finally:
             if self.process.ended.done():
                 await self._end()
             else:
                 await self._close()
+
+    async def _attend(self, monitor: Monitor) -> None:
+        """Record the state QEMU was found in, then follow its events until the connection ends."""
+        if self.status.state != "starting":
+            await self._save()
+        self.recorded.set()
+        if self.status.ending:
+            await self._effects(react(Status(), "SHUTDOWN", {"reason": "guest-shutdown"}, disc=False))
+        async for event in monitor.events():
+            with suppress(QmpFailed):
+                data = event.get("data", {})
+                if event["event"] == "STOP":
+                    data = await monitor.execute("query-status")
+                await self._effects(react(self.status, event["event"], data, disc=self.disc))
 
     async def _effects(self, reaction: Reaction) -> None:
         changed = (self.status.state, self.status.reason) != (reaction.status.state, reaction.status.reason)
@@ -150,7 +195,7 @@ class Machine:
         how = self.process.ended.result()
         await self._close()
         if not self._quiet:
-            await self.clean()
+            await clean(self._home, self.id)
             if self.status.ending:
                 self.status = Status(state="stopping", reason=self.status.ending)
                 await self._save(final="stopped")
@@ -163,16 +208,11 @@ class Machine:
             self.over.set_result(None)
         self._changed.set()
 
-    async def clean(self) -> None:
-        """Remove what a QEMU leaves behind on the host."""
-        for name in SOCKETS:
-            (self.folder / name).unlink(missing_ok=True)
-        await cgroup.remove(self._home, self.id)
-
     async def _close(self) -> None:
         await self._drop_agent()
-        if self._monitor is not None:
-            await self._monitor.close()
+        monitor, self._monitor = self._monitor, None
+        if monitor is not None:
+            await monitor.close()
 
     async def _save(self, final: str | None = None) -> None:
         """Record the state. A store that cannot be written never harms the guest: it is tried until it works."""
@@ -250,7 +290,7 @@ class Machine:
         await self.process.end()
         if self._task is not None:
             await asyncio.wait({self._task})
-        await self.clean()
+        await clean(self._home, self.id)
 
     async def release(self) -> None:
         """The daemon leaves; QEMU goes on."""

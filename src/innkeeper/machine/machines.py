@@ -4,25 +4,30 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections.abc import Coroutine
 from contextlib import suppress
+from typing import Any
 
 import structlog
 
 from innkeeper.base.clock import now
-from innkeeper.base.errors import InnkeeperError, QemuFailed, QmpFailed
+from innkeeper.base.errors import InnkeeperError, QemuFailed, QmpFailed, StoreFailed
 from innkeeper.base.home import Home
 from innkeeper.base.units import MIB
-from innkeeper.machine.machine import Machine
+from innkeeper.machine.machine import Machine, clean
 from innkeeper.machine.reaction import NO_SPACE
 from innkeeper.machine.serial_log import bound
+from innkeeper.machine.states import LIVE
 from innkeeper.plan.options import Plan
 from innkeeper.qemu import cgroup
-from innkeeper.qemu.process import Pid, Process, find, last_words, spawn
-from innkeeper.store.contract import Store, Value, update
+from innkeeper.qemu.process import LOG, Pid, Process, find, last_words, spawn
+from innkeeper.store.contract import Store, Value
 from innkeeper.store.events import EventLog
 
 log = structlog.get_logger()
 
+ADOPT = 3.0
+"""Seconds that a running QEMU gets to answer a daemon that comes back; all are asked at once."""
 ROOM_EVERY = 1.0
 """Seconds between two looks whether a full pool has room again; looked only while a guest waits for it."""
 LOGS_EVERY = 30.0
@@ -53,8 +58,7 @@ class Machines:
         """
         vm_id, folder = vm["id"], self._home.vm(vm["id"])
         await self.discard(vm_id)
-        for name in ("qmp.sock", "agent.sock", "serial.sock", "qemu.log"):
-            (folder / name).unlink(missing_ok=True)
+        (folder / LOG).unlink(missing_ok=True)
         process = spawn(plan, self._home, vm_id)
         machine = self._new(vm_id, vm["name"], process)
         try:
@@ -83,24 +87,28 @@ class Machines:
             if owner == vm_id:
                 with suppress(ProcessLookupError):
                     await Process(pid).end()
+        await clean(self._home, vm_id)
         await self._store.transact({f"live/{vm_id}": None})
 
     async def adopt(self) -> None:
         """After a start of the daemon: own what runs, note what has ended, kill what no VM claims."""
         running = find(self._home)
         records = {d.value["id"]: d.value for d in await self._store.list("vm/")}
+        found: list[Coroutine[Any, Any, None]] = []
         for document in await self._store.list("live/"):
             vm_id, live = document.key.removeprefix("live/"), document.value
             vm = records.get(vm_id)
             pid = Pid(live["pid"], live["started"])
             if vm is not None and running.pop(pid, None) == vm_id:
-                await self._adopt_one(vm, pid)
+                found.append(self._adopt_one(vm, pid))
             else:
-                await self._missing(vm_id, vm)
+                found.append(self._missing(vm_id, vm))
+        await asyncio.gather(*found)
         for pid, vm_id in running.items():
             log.warning("killing a QEMU that no record claims", pid=pid.number, vm=vm_id)
             with suppress(ProcessLookupError):
                 await Process(pid).end()
+            await clean(self._home, vm_id)
         for vm_id in await cgroup.list_ours(self._home):
             if vm_id not in self._live:
                 await cgroup.remove(self._home, vm_id)
@@ -111,22 +119,34 @@ class Machines:
         except ProcessLookupError:
             await self._missing(vm["id"], vm)
             return
+        uuid = vm["identity"]["uuid"]
         try:
-            await machine.attach(vm["identity"]["uuid"], disc=vm["disc"])
+            await machine.attach(uuid, disc=vm["disc"], seconds=ADOPT)
+            async with asyncio.timeout(ADOPT):  # a store that cannot be written must not keep the daemon from starting
+                await machine.recorded.wait()
         except InnkeeperError as error:
             # It lives and does not answer: never called stopped, and not killed either; `inn stop --force` can.
             log.error("a QEMU does not answer", vm=vm["name"], error=str(error))
-            machine.own_without_monitor()
+            machine.own_without_monitor(uuid, vm["state"], disc=vm["disc"])
+        except TimeoutError:
+            log.error("the state of a VM cannot be recorded", vm=vm["name"])
 
     async def _missing(self, vm_id: str, vm: Value | None) -> None:
-        await self._store.transact({f"live/{vm_id}": None})
-        if vm is None or vm["operation"] or vm["state"] in ("stopped", "deleting", "creating"):
-            return  # an operation that goes on sees to it
+        """It ended while no daemon was looking. An operation that goes on sees to the VM itself."""
+        await clean(self._home, vm_id)
+        writes: dict[str, Value | None] = {f"live/{vm_id}": None}
         reason = "QEMU ended while no daemon was looking"
-        stamp = now()
-        await update(self._store, f"vm/{vm_id}", lambda v: v | {"state": "crashed", "reason": reason, "since": stamp})
-        target = {"kind": "vm", "id": vm_id, "name": vm["name"]}
-        await self._events.append("vm.crashed", f"{vm['name']} crashed: {reason}", target=target, level="error")
+        crashed = vm is not None and not vm["operation"] and vm["state"] in LIVE
+        if vm is not None and crashed:
+            writes[f"vm/{vm_id}"] = vm | {"state": "crashed", "reason": reason, "since": now()}
+        try:
+            await self._store.transact(writes)
+        except StoreFailed as error:
+            log.error("the end of a VM cannot be recorded; the next start will", vm=vm_id, error=str(error))
+            return
+        if vm is not None and crashed:
+            target = {"kind": "vm", "id": vm_id, "name": vm["name"]}
+            await self._events.append("vm.crashed", f"{vm['name']} crashed: {reason}", target=target, level="error")
 
     def _new(self, vm_id: str, name: str, process: Process) -> Machine:
         machine = self._live[vm_id] = Machine(vm_id, name, self._home, self._store, self._events, process)

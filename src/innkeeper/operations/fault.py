@@ -45,7 +45,8 @@ class Faults:
     def from_environment() -> Faults:
         """`INNKEEPER_FAULT`: `kind/step/when/action`, several with commas between them."""
         texts = os.environ.get("INNKEEPER_FAULT", "").split(",")
-        return Faults(tuple(Fault(*text.split("/")) for text in texts if text))
+        points = [text.split("/") for text in texts if text]
+        return Faults(tuple(Fault(kind, step, when, action) for kind, step, when, action in points))
 
     async def __call__(self, kind: str, step: str, when: str) -> bool:
         """As `Fault`."""

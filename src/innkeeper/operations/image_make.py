@@ -9,13 +9,14 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from blake3 import blake3
 
 from innkeeper.base.clock import now
-from innkeeper.base.errors import Conflict, InUse, InvalidInput, NameTaken
+from innkeeper.base.errors import Conflict, InUse, InvalidInput, NameTaken, NotFound
 from innkeeper.base.ids import new_id
 from innkeeper.base.units import GIB, MIB, TIB
 from innkeeper.host.users import errand_uid
@@ -27,7 +28,7 @@ from innkeeper.storage.build import Built, build
 from innkeeper.storage.convert import convert, stage
 from innkeeper.storage.download import download
 from innkeeper.storage.formats.detect import inspect
-from innkeeper.store.contract import Value
+from innkeeper.store.contract import Document, Value, update
 
 DOWNLOAD_LIMIT = 1 * TIB
 ROOM = {"build": 3 * GIB, "import": 64 * MIB, "pull": 64 * MIB}
@@ -35,33 +36,42 @@ ROOM = {"build": 3 * GIB, "import": 64 * MIB, "pull": 64 * MIB}
 
 
 async def claim(ctx: Context) -> None:
-    """The name belongs to this operation from here on."""
-    if "image" in ctx.data:
-        return
-    image_id, name = new_id(), ctx.target["name"]
-    check_room(ctx, ROOM[ctx.args["how"]])
-    store, key = ctx.world.store, f"name/image/{name}"
-    old = await store.get(key)
-    if old is not None and not ctx.args.get("replace"):
-        raise NameTaken(f"there is an image named {name!r} already", hint="inn image rm it first, or use --replace")
-    if old is not None and "pending" in old.value and old.value["pending"] != ctx.operation:
-        raise NameTaken(f"image {name!r} is being made already ({old.value['pending']})")
-    ctx.data["image"] = ctx.target["id"] = image_id
-    ctx.data["old"] = old.value["id"] if old is not None and "pending" not in old.value else None
-    await ctx.save()
-    if old is None:
-        try:
-            await store.transact({key: {"id": image_id, "pending": ctx.operation}}, {key: 0})
-        except Conflict:
-            raise NameTaken(f"there is an image named {name!r} already") from None
+    """The name belongs to this operation from here on; an image that has it keeps it until the new one is whole."""
+    store, key = ctx.world.store, _name(ctx)
+    if "image" not in ctx.data:
+        check_room(ctx, ROOM[ctx.args["how"]])
+        ctx.data["image"] = ctx.target["id"] = new_id()
+        ctx.data["old"] = None
+        await ctx.save()
+    while True:
+        holder = await store.get(key)
+        pending = holder.value.get("pending") if holder else None
+        if pending == ctx.operation:
+            return
+        if pending:
+            raise NameTaken(f"image {ctx.target['name']!r} is being made already ({pending})")
+        if holder and not ctx.args.get("replace"):
+            raise NameTaken(
+                f"there is an image named {ctx.target['name']!r} already",
+                hint="inn image rm it first, or use --replace",
+            )
+        ctx.data["old"] = holder.value["id"] if holder else None
+        await ctx.save()
+        claimed = {"id": ctx.data["old"] or ctx.data["image"], "pending": ctx.operation}
+        with suppress(Conflict):
+            await store.transact({key: claimed}, {key: holder.revision if holder else 0})
 
 
 async def unclaim(ctx: Context) -> None:
-    """Give the name back, unless another image had it before."""
-    store, key = ctx.world.store, f"name/image/{ctx.target['name']}"
-    document = await store.get(key)
+    """Give the name back, to the image that had it before if there is one."""
+    document = await ctx.world.store.get(_name(ctx))
     if document is not None and document.value.get("pending") == ctx.operation:
-        await store.transact({key: None}, {key: document.revision})
+        old = ctx.data["old"]
+        await ctx.world.store.transact({_name(ctx): {"id": old} if old else None}, {document.key: document.revision})
+
+
+def _name(ctx: Context) -> str:
+    return f"name/image/{ctx.target['name']}"
 
 
 async def make_from_recipe(ctx: Context) -> None:
@@ -76,7 +86,8 @@ def _fields(built: Built) -> dict[str, Any]:
     return {
         "kind": built.boot, "files": dict(built.files), "format": "qcow2" if built.boot == "disk" else "",
         "cmdline": built.cmdline or "", "virtual_size": built.virtual_size, "user": built.user,
-        "agent": built.has_agent, "cloud_init": built.has_cloud_init, "source": dict(built.inputs),
+        "agent": built.has_agent, "min_memory": built.min_memory, "cloud_init": built.has_cloud_init,
+        "source": dict(built.inputs),
     }  # fmt: skip
 
 
@@ -95,13 +106,11 @@ async def make_from_file(ctx: Context) -> None:
     pulled = ctx.args["how"] == "pull"
     workspace = ctx.world.home.workspace(ctx.operation) if pulled else await _workspace(ctx)
     source, target = workspace / "download", workspace / "disk.qcow2"
-    target.unlink(missing_ok=True)
+    target.unlink(missing_ok=True)  # half-made by a daemon that died
     if not pulled:
         await stage(Path(ctx.args["path"]), source, report=ctx.report)
     header = inspect(source, ctx.args.get("format"))
-    home = str(ctx.world.home.data)
-    await convert(source, header, target, job=ctx.operation, report=ctx.report, user=errand_uid(), home=home)
-    source.unlink()
+    await convert(source, header, target, job=ctx.operation, report=ctx.report, user=errand_uid())
     origin = {"url": ctx.args["url"], "sha256": ctx.args["sha256"]} if pulled else {"file": ctx.args["path"]}
     ctx.data["image_fields"] = {
         "kind": "disk", "files": {"disk": "disk.qcow2"}, "format": "qcow2", "cmdline": "",
@@ -125,12 +134,17 @@ async def _workspace(ctx: Context) -> Path:
 async def publish(ctx: Context) -> None:
     """Digest, final place, record: in this order, so that a record always follows whole and verified data."""
     world, image_id, name = ctx.world, ctx.data["image"], ctx.target["name"]
+    if await world.store.get(f"image/{image_id}"):
+        return  # published before the daemon died
     fields = ctx.data["image_fields"]
     workspace, folder = world.home.workspace(ctx.operation), world.home.image(image_id)
     if workspace.exists():
-        for file in fields["files"].values():
-            (workspace / file).chmod(0o644)
-            await asyncio.to_thread(_sync, workspace / file)
+        for path in workspace.iterdir():
+            if path.name not in fields["files"].values():  # what it was made from
+                path.unlink()
+                continue
+            path.chmod(0o644)
+            await asyncio.to_thread(_sync, path)
         folder.parent.mkdir(mode=0o711, parents=True, exist_ok=True)
         workspace.rename(folder)
     folder.chmod(0o711)
@@ -140,31 +154,78 @@ async def publish(ctx: Context) -> None:
         digests[file] = await asyncio.to_thread(_digest, folder / file)
     stored = sum((folder / file).stat().st_blocks * 512 for file in fields["files"].values())
     image = Image(id=image_id, name=name, stored_size=stored, digests=digests, created=now(), **fields)
-    old = ctx.data.get("old")
     writes: dict[str, Value | None] = {
         f"image/{image_id}": image.model_dump(mode="json") | {"operation": None},
-        f"name/image/{name}": {"id": image_id},
+        _name(ctx): {"id": image_id},
     }
-    if old and (previous := await world.store.get(f"image/{old}")):
-        # VMs that stand on the old image keep it, under a name that says what it is.
-        users = [vm["name"] for vm in await world.vms() if (vm["image"] or {}).get("id") == old]
-        aside = f"{name[:50]}.{old[:8]}"
-        writes[f"image/{old}"] = previous.value | {"name": aside} if users else None
-        if users:
-            writes[f"name/image/{aside}"] = {"id": old}
-        ctx.data["drop"] = None if users else old
-    await world.store.transact(writes)
-    if drop := ctx.data.get("drop"):
-        await asyncio.to_thread(shutil.rmtree, world.home.image(drop), ignore_errors=True)
+    checks = {}
+    if previous := await _previous(ctx):
+        # VMs may stand on the old image: it steps aside, under a name that says what it is.
+        writes[previous.key] = previous.value | {"name": _aside(ctx)}
+        writes[f"name/image/{_aside(ctx)}"] = {"id": ctx.data["old"]}
+        checks[previous.key] = previous.revision
+    await world.store.transact(writes, checks)
     ctx.result["image"] = name
     target = {"kind": "image", "id": image_id, "name": name}
     await world.events.append("image.made", f"image {name} is ready", target=target)
 
 
+def _aside(ctx: Context) -> str:
+    return f"{ctx.target['name'][:50]}.{ctx.data['old'][:8]}"
+
+
+async def _previous(ctx: Context) -> Document | None:
+    return await ctx.world.store.get(f"image/{ctx.data['old']}") if ctx.data["old"] else None
+
+
 async def unpublish(ctx: Context) -> None:
-    """Take away what has no record."""
-    if "image" in ctx.data and not await ctx.world.store.get(f"image/{ctx.data['image']}"):
-        await asyncio.to_thread(shutil.rmtree, ctx.world.home.image(ctx.data["image"]), ignore_errors=True)
+    """Take it away again, and give its name back to the image that had it, unless a VM stands on it by now."""
+    if "image" not in ctx.data or ctx.data.get("replaced"):
+        return
+    writes: dict[str, Value | None] = {_name(ctx): {"id": ctx.data["image"], "pending": ctx.operation}}
+    if previous := await _previous(ctx):
+        writes = {
+            _name(ctx): {"id": ctx.data["old"], "pending": ctx.operation},
+            previous.key: previous.value | {"name": ctx.target["name"]},
+            f"name/image/{_aside(ctx)}": None,
+        }
+    await _retire(ctx, ctx.data["image"], writes)
+
+
+async def replace(ctx: Context) -> None:
+    """The image that had the name before goes, unless VMs stand on it."""
+    if await _previous(ctx):
+        ctx.data["replaced"] = True
+        await ctx.save()
+        await _retire(ctx, ctx.data["old"], {f"name/image/{_aside(ctx)}": None})
+    elif ctx.data["old"]:
+        await _remove_folder(ctx, ctx.data["old"])  # the daemon died between the record's end and the files'
+
+
+async def _retire(ctx: Context, image_id: str, writes: dict[str, Value | None]) -> None:
+    """Delete an image that no VM stands on, record first, together with `writes`.
+
+    It is held while its users are counted (DESIGN.md 5.11): a VM that is being made is either seen here, or sees the
+    hold and is refused.
+    """
+    store, key = ctx.world.store, f"image/{image_id}"
+    hold = {"id": ctx.operation, "kind": ctx.kind}
+    try:
+        image = await update(store, key, lambda image: None if image["operation"] else image | {"operation": hold})
+    except NotFound:
+        await _remove_folder(ctx, image_id)
+        return
+    if image["operation"] != hold:
+        return  # somebody is deleting it already
+    if any((vm["image"] or {}).get("id") == image_id for vm in await ctx.world.vms()):
+        await update(store, key, lambda image: image | {"operation": None})
+        return
+    await store.transact({key: None, **writes})
+    await _remove_folder(ctx, image_id)
+
+
+async def _remove_folder(ctx: Context, image_id: str) -> None:
+    await asyncio.to_thread(shutil.rmtree, ctx.world.home.image(image_id), ignore_errors=True)
 
 
 def _digest(path: Path) -> str:
@@ -191,8 +252,15 @@ async def check_unused(ctx: Context) -> None:
 async def delete(ctx: Context) -> None:
     """Record first, then files: files without a record are swept, a record without files would lie."""
     image_id, name = ctx.target["id"], ctx.target["name"]
-    await ctx.world.store.transact({f"image/{image_id}": None, f"name/image/{name}": None})
-    await asyncio.to_thread(shutil.rmtree, ctx.world.home.image(image_id), ignore_errors=True)
+    pointer = await ctx.world.store.get(_name(ctx))
+    writes: dict[str, Value | None] = {f"image/{image_id}": None}
+    checks = {}
+    if pointer is not None and pointer.value["id"] == image_id:
+        if by := pointer.value.get("pending"):
+            raise InUse(f"image {name} is being replaced ({by})", hint="wait for that, or cancel it")
+        writes[pointer.key], checks[pointer.key] = None, pointer.revision
+    await ctx.world.store.transact(writes, checks)
+    await _remove_folder(ctx, image_id)
     target = {"kind": "image", "id": image_id, "name": name}
     if not ctx.data.get("told"):
         ctx.data["told"] = True
@@ -200,16 +268,16 @@ async def delete(ctx: Context) -> None:
 
 
 _CLAIM = Step("claim", claim, unclaim)
-_PUBLISH = Step("publish", publish, unpublish)
-BUILD = Verb("image-build", (_CLAIM, Step("build", make_from_recipe, remove_workspace), _PUBLISH))
-IMPORT = Verb("image-import", (_CLAIM, Step("convert", make_from_file, remove_workspace), _PUBLISH))
+_PUBLISH = (Step("publish", publish, unpublish), Step("replace", replace, keep=True))
+BUILD = Verb("image-build", (_CLAIM, Step("build", make_from_recipe, remove_workspace), *_PUBLISH))
+IMPORT = Verb("image-import", (_CLAIM, Step("convert", make_from_file, remove_workspace), *_PUBLISH))
 PULL = Verb(
     "image-pull",
     (
         _CLAIM,
         Step("download", make_from_download, remove_workspace),
         Step("convert", make_from_file, remove_workspace),
-        _PUBLISH,
+        *_PUBLISH,
     ),
 )
 DELETE = Verb("image-delete", (Step("check", check_unused), Step("delete", delete, keep=True)), cancellable=False)

@@ -39,9 +39,8 @@ async def claim(ctx: Context) -> None:
     if spec.firmware == "uefi" and host.firmware.uefi is None:
         raise Unsupported("this host has no UEFI firmware for guests", hint="apt install ovmf")
     while True:
-        writes, checks = await _claims(ctx, spec)
-        slot = next(int(key.removeprefix("slot/")) for key in writes if key.startswith("slot/"))
-        ssh_port = next((int(k.rpartition("/")[2]) for k, v in writes.items() if v and v.get("ssh")), None)
+        writes, slot, ssh_port = await _claims(ctx, spec)
+        checks = dict.fromkeys(writes, 0)
         identity = assign(ctx.data["vm"], slot, spec, host, ssh_port)
         image = await world.find("image", spec.image) if spec.image else None
         if image and (operation := image["operation"]):
@@ -63,37 +62,51 @@ async def claim(ctx: Context) -> None:
                 raise _taken(spec) from None
 
 
-async def _claims(ctx: Context, spec: VMSpec) -> tuple[dict[str, Value | None], dict[str, int]]:
-    """Keys that must not exist yet: name, slot, ports."""
+async def _claims(ctx: Context, spec: VMSpec) -> tuple[dict[str, Value | None], int, int | None]:
+    """Keys that must not exist yet (name, slot, ports), and the slot and the SSH port among them."""
     store, owner = ctx.world.store, {"id": ctx.data["vm"], "name": spec.name}
     if await store.get(f"name/vm/{spec.name}"):
         raise _taken(spec)
-    writes: dict[str, Value | None] = {f"name/vm/{spec.name}": owner}
     used = {int(document.key.removeprefix("slot/")) for document in await store.list("slot/")}
     slot = next(number for number in range(1, len(used) + 2) if number not in used)
-    writes[f"slot/{slot}"] = owner
+    ports, ssh_port = await claim_ports(ctx, spec, owner, slot)
+    return {f"name/vm/{spec.name}": owner, f"slot/{slot}": owner, **ports}, slot, ssh_port
+
+
+async def claim_ports(
+    ctx: Context, spec: VMSpec, owner: Value, slot: int, ssh_port: int | None = None
+) -> tuple[dict[str, Value], int | None]:
+    """The port documents that a VM with this spec needs, and its SSH port: `ssh_port` where it may stay, else a free
+    one. What the owner has already is among them. Raises `PortTaken`."""
+    store = ctx.world.store
+    claims: dict[str, Value] = {}
     for forward in (forward for nic in spec.nics for forward in nic.publish):
         key = f"port/{forward.protocol}/{forward.host}"
-        if holder := await store.get(key):
+        holder = await store.get(key)
+        if holder and holder.value["id"] != owner["id"]:
             raise PortTaken(
                 f"host port {forward.host}/{forward.protocol} is published by {holder.value['name']}",
                 hint="choose another host port", port=forward.host, holder=holder.value["name"],
             )  # fmt: skip
-        if not is_free(forward.host, forward.protocol, forward.address):
-            holder_name = who_listens(forward.host, forward.protocol, forward.address) or "another program"
+        if not holder and not is_free(forward.host, forward.protocol, forward.address):
+            program = who_listens(forward.host, forward.protocol, forward.address) or "another program"
             raise PortTaken(
-                f"host port {forward.host}/{forward.protocol} is in use by {holder_name}",
-                hint="choose another host port, or stop that program", port=forward.host, holder=holder_name,
+                f"host port {forward.host}/{forward.protocol} is in use by {program}",
+                hint="choose another host port, or stop that program", port=forward.host, holder=program,
             )  # fmt: skip
-        writes[key] = owner
-    if spec.nics and spec.nics[0].mode == "user":
-        port = SSH_PORT_BASE + slot
+        claims[key] = owner
+    if not spec.nics or spec.nics[0].mode != "user":
+        return claims, None
+    if ssh_port is None or f"port/tcp/{ssh_port}" in claims:
+        ssh_port = SSH_PORT_BASE + slot
         while (
-            f"port/tcp/{port}" in writes or await store.get(f"port/tcp/{port}") or not is_free(port, "tcp", "127.0.0.1")
+            (key := f"port/tcp/{ssh_port}") in claims
+            or await store.get(key)
+            or not is_free(ssh_port, "tcp", "127.0.0.1")
         ):
-            port += 1
-        writes[f"port/tcp/{port}"] = owner | {"ssh": True}
-    return writes, dict.fromkeys(writes, 0)
+            ssh_port += 1
+    claims[f"port/tcp/{ssh_port}"] = owner
+    return claims, ssh_port
 
 
 def _taken(spec: VMSpec) -> NameTaken:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
-from typing import Any
 
 from innkeeper.base.clock import now
-from innkeeper.base.errors import ActionRefused, NotFound, PortTaken
+from innkeeper.base.errors import ActionRefused, Conflict, NotFound, PortTaken, QemuFailed
 from innkeeper.host.memory import check_memory
 from innkeeper.machine.states import LIVE
 from innkeeper.network.ports import is_free, who_listens
 from innkeeper.operations.engine import Context, Step, Verb
+from innkeeper.operations.vm_create import claim_ports
 from innkeeper.plan.command import command
 from innkeeper.plan.identity import Identity, on_accelerator
 from innkeeper.plan.options import Plan
@@ -32,14 +32,37 @@ async def admit(ctx: Context) -> None:
             v["spec"]["memory"] - resident(ctx, v["id"]) for v in await ctx.world.vms() if v["id"] in running
         )
         check_memory(vm["spec"]["memory"], host.memory, max(0, promised))
-    for protocol, address, port in _ports(vm):
+    await _check_ports(ctx)
+    await _state(ctx, "starting")
+
+
+async def _check_ports(ctx: Context) -> None:
+    """Are they free? The one for SSH, which nobody chose, is exchanged if not. Raises `PortTaken`."""
+    document = await ctx.world.store.get(f"vm/{_vm_id(ctx)}")
+    assert document is not None
+    vm = document.value
+    for forward in (forward for nic in vm["spec"]["nics"] for forward in nic["publish"]):
+        port, protocol, address = forward["host"], forward["protocol"], forward["address"]
         if not is_free(port, protocol, address):
             holder = who_listens(port, protocol, address) or "another program"
             raise PortTaken(
                 f"host port {port}/{protocol} of {vm['name']} is in use by {holder}",
                 hint="stop that program", port=port, holder=holder,
             )  # fmt: skip
-    await _state(ctx, "starting")
+    ssh_port = vm["identity"]["ssh_port"]
+    if ssh_port is None or is_free(ssh_port, "tcp", "127.0.0.1"):
+        return
+    owner, spec = {"id": vm["id"], "name": vm["name"]}, VMSpec.model_validate(vm["spec"])
+    _, other = await claim_ports(ctx, spec, owner, vm["identity"]["slot"])
+    writes: dict[str, Value | None] = {
+        document.key: vm | {"identity": vm["identity"] | {"ssh_port": other}},
+        f"port/tcp/{ssh_port}": None,
+        f"port/tcp/{other}": owner,
+    }
+    try:
+        await ctx.world.store.transact(writes, {document.key: document.revision, f"port/tcp/{other}": 0})
+    except Conflict:
+        await _check_ports(ctx)
 
 
 def resident(ctx: Context, vm_id: str) -> int:
@@ -52,12 +75,6 @@ def resident(ctx: Context, vm_id: str) -> int:
             return int(file.read().split()[1]) * os.sysconf("SC_PAGESIZE")
     except OSError:
         return 0
-
-
-def _ports(vm: Value) -> list[tuple[Any, str, int]]:
-    published = [(f["protocol"], f["address"], f["host"]) for nic in vm["spec"]["nics"] for f in nic["publish"]]
-    ssh_port = vm["identity"]["ssh_port"]
-    return published + ([("tcp", "127.0.0.1", ssh_port)] if ssh_port else [])
 
 
 async def unadmit(ctx: Context) -> None:
@@ -74,7 +91,14 @@ async def spawn(ctx: Context) -> None:
     machine = ctx.world.machines.get(vm["id"])
     if machine is not None and machine.status.state != "starting":
         return  # a daemon before this one came as far as letting it run
-    await ctx.world.machines.start(vm, await plan(ctx, vm))
+    try:
+        await ctx.world.machines.start(vm, await plan(ctx, vm))
+    except QemuFailed as error:
+        if "host forwarding rule" not in str(error.facts.get("stderr")):
+            raise
+        await _check_ports(ctx)  # somebody took one since they were looked at
+        vm = await _vm(ctx)
+        await ctx.world.machines.start(vm, await plan(ctx, vm))
 
 
 async def kill(ctx: Context) -> None:

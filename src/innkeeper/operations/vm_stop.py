@@ -7,6 +7,7 @@ from time import monotonic
 
 from innkeeper.base.clock import now
 from innkeeper.base.errors import BootTimeout, QmpFailed
+from innkeeper.machine.states import LIVE
 from innkeeper.operations.engine import Context, Step, Verb
 from innkeeper.store.contract import update
 
@@ -47,6 +48,7 @@ async def shut_down(ctx: Context) -> None:
     """Wait for QEMU's end, which the machine's owner records."""
     machine = ctx.world.machines.get(ctx.target["id"])
     if machine is None:
+        await _ended_unseen(ctx)
         return
     if ctx.args.get("force"):
         await machine.quit()
@@ -69,6 +71,12 @@ async def shut_down(ctx: Context) -> None:
                 continue  # it ends in this moment
         ctx.report(None, f"waiting for the guest to shut down, {waited:.0f} s")
         await asyncio.wait({machine.over}, timeout=0.5)
+
+
+async def _ended_unseen(ctx: Context) -> None:
+    """QEMU is gone and no owner is left to say so: it ended while the daemon was away."""
+    ended = {"state": "stopped", "reason": "QEMU ended while no daemon was looking", "since": now()}
+    await update(ctx.world.store, f"vm/{ctx.target['id']}", lambda vm: vm | ended if vm["state"] in LIVE else None)
 
 
 STEPS = (

@@ -46,13 +46,18 @@ def assign(vm_id: str, slot: int, spec: VMSpec, host: HostFacts, ssh_port: int |
         slot=slot,
         uuid=str(uuid.UUID(bytes=_bytes(vm_id, "uuid", 16), version=4)),
         vmgenid=str(uuid.UUID(bytes=_bytes(vm_id, "vmgenid", 16), version=4)),
-        macs=tuple(nic.mac or _mac(vm_id, index) for index, nic in enumerate(spec.nics)),
+        macs=macs(vm_id, spec),
         uid=uid,
         ssh_port=ssh_port,
         machine_type=host.qemu.machine,
         accelerator=host.accelerator.name,
         cpu_model=host.accelerator.cpu_model,
     )
+
+
+def macs(vm_id: str, spec: VMSpec) -> tuple[str, ...]:
+    """One per NIC: what the spec asks for, else one that follows from the VM's id."""
+    return tuple(nic.mac or _mac(vm_id, index) for index, nic in enumerate(spec.nics))
 
 
 def on_accelerator(identity: Identity, host: HostFacts) -> Identity:

@@ -102,7 +102,8 @@ async def _converge(ctx: Context, manifest: VMManifest | ImageManifest, change: 
     target = {"kind": "vm", "id": vm["id"], "name": vm["name"]}
     args = {"spec": manifest.spec().model_dump(mode="json")}
     updated = await ctx.engine.submit("vm-update", target, args, hold=f"vm/{vm['id']}")
-    await ctx.engine.wait(updated["id"], updated["revision"], 10)
+    while not updated["ended"]:
+        updated = await ctx.engine.wait(updated["id"], updated["revision"], 10)
     state = (await ctx.world.find("vm", vm["id"]))["state"]
     wanted = {"running": "start", "stopped": "stop"}[manifest.state]
     if admit(state, wanted).answer != "accept":
