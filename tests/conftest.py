@@ -153,7 +153,10 @@ class Daemon:
 
 
 def _link(source: str, target: str) -> None:
-    os.link(source, target)
+    try:
+        os.link(source, target)
+    except OSError:  # another file system
+        shutil.copyfile(source, target)
 
 
 def _folder() -> Path:

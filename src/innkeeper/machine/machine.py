@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,15 @@ from innkeeper.machine.reaction import NO_SPACE, Reaction, Status, react
 from innkeeper.qemu import cgroup
 from innkeeper.qemu.agent import Agent
 from innkeeper.qemu.monitor import Monitor
-from innkeeper.qemu.process import Process
+from innkeeper.qemu.process import LOG, Process
 from innkeeper.store.contract import Store, Value, update
 from innkeeper.store.events import EventLog
 
 log = structlog.get_logger()
 
 SOCKETS = ("qmp.sock", "agent.sock", "serial.sock")
+POWERED_OFF = b"qemu_system_shutdown_request"
+"""Trace event of QEMU when a guest powers off (softmmu/trace-events); a restart has another."""
 STATS_EVERY = 10
 """Seconds between two balloon statistics that the guest sends."""
 
@@ -155,13 +158,20 @@ class Machine:
             await self._save()
         self.recorded.set()
         if self.status.ending:
-            await self._effects(react(Status(), "SHUTDOWN", {"reason": "guest-shutdown"}, disc=False))
+            reason = "guest-reset" if self.disc and not self._powered_off() else "guest-shutdown"
+            await self._effects(react(Status(state="running"), "SHUTDOWN", {"reason": reason}, disc=self.disc))
         async for event in monitor.events():
             with suppress(QmpFailed):
                 data = event.get("data", {})
                 if event["event"] == "STOP":
                     data = await monitor.execute("query-status")
                 await self._effects(react(self.status, event["event"], data, disc=self.disc))
+
+    def _powered_off(self) -> bool:
+        """Whether a guest that was held at its restart, for its disc, powered off instead: QEMU's state is the same."""
+        with suppress(OSError):
+            return POWERED_OFF in (self.folder / LOG).read_bytes()
+        return False
 
     async def _effects(self, reaction: Reaction) -> None:
         changed = (self.status.state, self.status.reason) != (reaction.status.state, reaction.status.reason)
@@ -250,6 +260,8 @@ class Machine:
             )
         if self.disc:  # hold the guest at its restart, so that the disc is out before the firmware looks for it
             await self.monitor.execute("set-action", {"reboot": "shutdown"})
+            with suppress(QmpFailed):  # a QEMU without tracing: a power-off that nobody saw counts as a restart
+                await self.monitor.execute("trace-event-set-state", {"name": POWERED_OFF.decode(), "enable": True})
         await self._and_seen("cont", "running")
 
     async def pause(self) -> None:
@@ -277,12 +289,15 @@ class Machine:
         """End QEMU now, as pulling the plug would; its image files are flushed and closed."""
         try:
             await self.monitor.execute("quit", seconds=10)
-            async with asyncio.timeout(20):
-                await asyncio.shield(self.over)
-        except (QmpFailed, TimeoutError):
+            patience = 20.0
+        except QmpFailed:  # it is on its way out already, or does not answer
+            self.status = replace(self.status, ending=self.status.ending or "by force")
+            patience = 2.0
+        await asyncio.wait({self.process.ended}, timeout=patience)
+        if not self.process.ended.done():
             self.status = Status(state="stopping", ending="killed, since it did not end by itself")
             self.process.kill()
-            await asyncio.shield(self.over)
+        await asyncio.shield(self.over)
 
     async def discard(self) -> None:
         """Kill a QEMU that never ran its guest, without a word: the operation that made it starts or undoes it."""

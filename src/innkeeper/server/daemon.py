@@ -22,9 +22,11 @@ from pathlib import Path
 import structlog
 import uvicorn
 
+from innkeeper.base.clock import now
 from innkeeper.base.errors import InnkeeperError, StoreFailed
 from innkeeper.base.home import Home
 from innkeeper.machine.machines import Machines
+from innkeeper.machine.states import LIVE
 from innkeeper.operations.engine import Engine
 from innkeeper.operations.fault import Faults
 from innkeeper.operations.verbs import VERBS
@@ -34,6 +36,7 @@ from innkeeper.qemu.probe import probe
 from innkeeper.server.app import create_app
 from innkeeper.server.context import Context
 from innkeeper.storage import cage
+from innkeeper.store.contract import update
 from innkeeper.store.events import EventLog
 from innkeeper.store.sqlite import SQLiteStore
 
@@ -54,7 +57,7 @@ def main() -> int:
             structlog.processors.format_exc_info,
             structlog.processors.KeyValueRenderer(key_order=["timestamp", "level", "event"]),
         ],
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        logger_factory=lambda *_: _Stderr(),
     )
     home = Home.find()
     try:
@@ -65,6 +68,20 @@ def main() -> int:
             print(f"  → {error.hint}", file=sys.stderr)
         return 1
     return 0
+
+
+class _Stderr(structlog.PrintLogger):
+    """A log that cannot be written, on a full disk say, must not break off what was being logged."""
+
+    def __init__(self) -> None:
+        super().__init__(sys.stderr)
+
+    def msg(self, message: str) -> None:
+        with suppress(OSError, ValueError):
+            super().msg(message)
+
+    log = debug = info = warn = warning = msg
+    fatal = failure = err = error = critical = exception = msg
 
 
 async def serve(home: Home) -> None:
@@ -122,6 +139,7 @@ async def _bring_up(home: Home, store: SQLiteStore) -> Context:
     await machines.adopt()
     await _sweep(world)
     await engine.recover()
+    await _settle(world, engine)
     machines.begin_care()
     return Context(world, engine)
 
@@ -142,6 +160,21 @@ async def _sweep(world: World) -> None:
             if entry.name not in names and entry.is_dir():
                 log.warning("removing a folder that nothing speaks of", folder=str(entry))
                 await asyncio.to_thread(shutil.rmtree, entry, ignore_errors=True)
+
+
+async def _settle(world: World, engine: Engine) -> None:
+    """VMs between two states that no operation goes on with, since an undo or a deletion failed for good before."""
+    for vm in await world.vms():
+        machine, state = world.machines.get(vm["id"]), vm["state"]
+        if vm["operation"]:
+            continue
+        if state in ("creating", "deleting"):
+            target = {"kind": "vm", "id": vm["id"], "name": vm["name"]}
+            await engine.submit("vm-delete", target, {}, hold=f"vm/{vm['id']}")
+        elif state == "starting" or (state in LIVE and machine is None):
+            await world.machines.discard(vm["id"])
+            stopped = {"state": "stopped", "reason": "its last operation came to nothing", "since": now()}
+            await update(world.store, f"vm/{vm['id']}", lambda vm, stopped=stopped: vm | stopped)  # type: ignore[misc]
 
 
 def _listen(home: Home) -> socket.socket:
