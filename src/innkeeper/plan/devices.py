@@ -118,7 +118,8 @@ def seed() -> list[Option]:
     file = {"driver": "file", "filename": "seed.iso"}
     return [
         Option("-blockdev", {"driver": "raw", "node-name": "seed", "read-only": True, "file": file}),
-        Option("-device", _fixed("virtio-blk-pci", "virtio-seed", "seed") | {"drive": "seed"}),
+        pci.seed_port(),
+        Option("-device", {"driver": "virtio-blk-pci", "id": "virtio-seed", "bus": "port-seed", "drive": "seed"}),
     ]
 
 

@@ -2,10 +2,11 @@
 
     00:01.0         VGA
     00:02.0         virtio-serial       00:03.0  virtio-rng      00:04.0  virtio-balloon
-    00:05.0         virtio-scsi         00:06.0  seed disc       00:07.0  pvpanic
+    00:05.0         virtio-scsi         00:07.0  pvpanic
     00:10.0-7       root ports of NICs 0-7
     00:11.0-13.7    root ports of virtio-blk disks 0-23
     00:14.0-3       spare root ports, for hot-plug
+    00:15.0         root port of the seed disc, last: Linux names disks in this order, and vda is the VM's own
 
 Addresses are fixed by what a device is, not by what else there is: adding a disk moves no NIC, so a guest's names and
 a saved state stay valid. What can be unplugged sits behind a root port of its own, as PCI Express wants it.
@@ -15,8 +16,8 @@ from __future__ import annotations
 
 from innkeeper.plan.options import Option
 
-FIXED = {"vga": "0x1", "serial": "0x2", "rng": "0x3", "balloon": "0x4", "scsi": "0x5", "seed": "0x6", "panic": "0x7"}
-NIC_SLOT, DISK_SLOT, SPARE_SLOT, SPARES = 0x10, 0x11, 0x14, 4
+FIXED = {"vga": "0x1", "serial": "0x2", "rng": "0x3", "balloon": "0x4", "scsi": "0x5", "panic": "0x7"}
+NIC_SLOT, DISK_SLOT, SPARE_SLOT, SEED_SLOT, SPARES = 0x10, 0x11, 0x14, 0x15, 4
 
 
 def nic_port(index: int) -> Option:
@@ -32,6 +33,11 @@ def disk_port(index: int) -> Option:
 def spare_ports() -> list[Option]:
     """Empty root ports; a device is plugged in by naming `spare<n>` as its bus."""
     return [_port(f"spare{index}", SPARE_SLOT, index) for index in range(SPARES)]
+
+
+def seed_port() -> Option:
+    """The root port of the seed disc, `port-seed`."""
+    return _port("port-seed", SEED_SLOT, 0)
 
 
 def _port(name: str, slot: int, function: int) -> Option:
