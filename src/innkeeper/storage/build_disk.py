@@ -6,7 +6,7 @@
     2 MiB + ESP     partition 1   ext4 root; the last on the disk, so that it can grow
 
 mmdebstrap makes the root, and its last hook (`build_root.sh`) writes the file system straight into the disk file,
-where users and device nodes are still what they are meant to be, whether by root, user namespace or fakechroot.
+where users are what they are meant to be, as root and in a user namespace.
 """
 
 from __future__ import annotations

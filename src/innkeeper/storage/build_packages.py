@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import urllib.parse
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -142,8 +141,8 @@ async def install(
 ) -> dict[str, str]:
     """Install the recipe's packages into a root that exists only until the hooks (mmdebstrap(1), HOOKS) have run.
 
-    As root, or as the root of a user namespace, or in fakechroot: what the host allows. A line `package NAME VERSION`
-    from a hook is what is really installed. Returns the packages' versions.
+    As root, or as the root of a user namespace. A line `package NAME VERSION` from a hook is what is really
+    installed. Returns the packages' versions.
     """
     progress = Progress(report, [0.3, 0.65], steps=3)
     versions: dict[str, str] = {}
@@ -155,19 +154,18 @@ async def install(
         on_line(text)
 
     space = await own_space(job)
-    mode = "root" if os.geteuid() == 0 or "--user" in space else "fakechroot"
-    if mode == "fakechroot" and not shutil.which("fakechroot"):
-        raise ToolMissing(
-            "installing packages as a plain user needs a user namespace with subordinate ids, or fakechroot",
-            hint="apt install fakechroot; or uidmap, and give the user ranges in /etc/subuid and /etc/subgid",
-            package="uidmap",
+    if os.geteuid() != 0 and not space:
+        # Not fakechroot: it writes absolute links with the host's path in them, which would end up in the image.
+        raise Unsupported(
+            "installing packages as a plain user needs a user namespace with subordinate ids",
+            hint="apt install uidmap and give the user ranges in /etc/subuid and /etc/subgid, or build as root",
         )
     await _mmdebstrap(
         recipe,
         [
             "--variant=minbase",
             "--format=null",
-            f"--mode={mode}",
+            "--mode=root",
             "--skip=cleanup",
             *(f"--essential-hook={hook}" for hook in essential_hooks),
             *(f"--customize-hook={hook}" for hook in customize_hooks),
