@@ -679,3 +679,19 @@ async def test_nothing_to_do_is_an_end():
     view = await Engine(world(), VERBS).nothing("make", dict(TARGET), "it is running already")
     assert (view["state"], view["progress"]["text"]) == ("done", "it is running already")
     assert view["ended"] <= now()
+
+
+async def test_an_operation_of_another_version_is_ended_and_lets_go():
+    store = MemoryStore()
+    journal = {
+        "id": "old", "kind": "vm-teleport", "target": {"kind": "vm", "id": "1", "name": "web"}, "args": {},
+        "hold": "vm/1", "state": "running", "steps": ["beam"], "index": 0, "data": {}, "result": {},
+        "progress": {"fraction": None, "text": ""}, "error": None, "cancel_requested": False,
+        "created": "2026-01-01T00:00:00.000Z", "updated": "2026-01-01T00:00:00.000Z", "ended": None,
+    }  # fmt: skip
+    await store.transact({"operation/old": journal, "vm/1": {"operation": {"id": "old", "kind": "vm-teleport"}}})
+    engine = Engine(world(store), {})
+    assert await engine.recover() == ["old"]
+    view = await engine.get("old")
+    assert (view["state"], view["error"]["code"]) == ("failed", "unsupported")
+    assert (await store.get("vm/1")).value["operation"] is None

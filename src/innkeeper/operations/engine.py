@@ -13,7 +13,16 @@ from typing import Any
 import structlog
 
 from innkeeper.base.clock import now
-from innkeeper.base.errors import ActionRefused, Cancelled, Conflict, InnkeeperError, MachineBusy, NotFound, StoreFailed
+from innkeeper.base.errors import (
+    ActionRefused,
+    Cancelled,
+    Conflict,
+    InnkeeperError,
+    MachineBusy,
+    NotFound,
+    StoreFailed,
+    Unsupported,
+)
 from innkeeper.base.ids import new_id
 from innkeeper.operations.fault import Fault, Faults
 from innkeeper.operations.world import World
@@ -182,10 +191,15 @@ class Engine:
 
     async def recover(self) -> builtins.list[str]:
         """Go on with what a daemon before this one left. Returns the ids."""
-        left = [d.value["id"] for d in await self._store.list("operation/") if not d.value["ended"]]
-        for operation in left:
-            self._start(operation)
-        return left
+        left = [d.value for d in await self._store.list("operation/") if not d.value["ended"]]
+        for journal in left:
+            if journal["kind"] in self._verbs:
+                self._start(journal["id"])
+                continue
+            unknown = Unsupported(f"{journal['kind']} is not an operation of this version", hint="upgrade Innkeeper")
+            end = {"state": "failed", "error": unknown.document(), "ended": now()}
+            await self._change(journal["id"], end, release=True)
+        return [journal["id"] for journal in left]
 
     async def stop(self) -> None:
         """Interrupt what runs, without undoing: the next daemon goes on with it."""
@@ -307,8 +321,10 @@ class Engine:
         return ctx
 
     async def _end(self, ctx: Context, state: str, error: Value | None) -> None:
-        """Record the end and let go of what was held, in one transaction; what comes after is a courtesy."""
-        await self._persist(ctx, {"state": state, "error": error, "ended": now()}, release=True)
+        """Record the end and let go of what was held, in one transaction; what comes after is a courtesy.
+
+        The arguments may hold secrets (a VM's user-data), and nobody needs them any more."""
+        await self._persist(ctx, {"state": state, "error": error, "ended": now(), "args": {}}, release=True)
         self._cancelled.discard(ctx.operation)
         if error and state == "failed":
             await self._world.events.append(
