@@ -15,6 +15,7 @@ from pathlib import Path
 
 import psutil
 
+from innkeeper.base.child import start_child
 from innkeeper.base.home import Home
 from innkeeper.host import cgroups, kvm
 from innkeeper.host.accelerator import Verdict
@@ -174,7 +175,7 @@ async def _find_hypervisor() -> str:
         if mark in text:
             return name
     with suppress(OSError, TimeoutError):
-        process = await asyncio.create_subprocess_exec(
+        process = await start_child(
             "lscpu",
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,

@@ -20,6 +20,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from innkeeper.base.child import start_child
 from innkeeper.base.errors import InvalidInput
 from innkeeper.base.home import Home
 from innkeeper.host.cgroups import detect, hierarchies, v1_hierarchies, v2_hierarchy
@@ -261,7 +262,7 @@ async def _busctl(*words: str) -> str:
     """Make one D-Bus call; empty when it went well, else what busctl said."""
     bus = "--system" if os.geteuid() == 0 else "--user"
     try:
-        process = await asyncio.create_subprocess_exec(
+        process = await start_child(
             *("busctl", bus, "--quiet", f"--timeout={BUSCTL_SECONDS:.0f}", "call", *words),
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.DEVNULL,

@@ -10,6 +10,8 @@ from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
+from innkeeper.base.child import start_child
+
 CPU_SECONDS = 10
 """The kernel ends an errand that computes longer, should nobody be left to do so."""
 
@@ -31,7 +33,7 @@ async def errand(
     drop: dict[str, Any] = {}
     if account:
         drop = {"user": account[0], "group": account[0], "extra_groups": account[1]}
-    process = await asyncio.create_subprocess_exec(
+    process = await start_child(
         *prefix,
         *arguments,
         stdin=asyncio.subprocess.DEVNULL,
