@@ -82,7 +82,7 @@ def _pytest(words: list[str], slow: bool) -> list[str]:
     """Guests want CPUs: half as many workers as there are, at least two and at most eight, unless told otherwise."""
     found = list(words)
     if not any(word.startswith(("-n", "--pdb", "--numprocesses")) for word in words):
-        found += ["-n", str(min(8, max(2, (os.cpu_count() or 2) // 2))), "--dist", "loadgroup"]
+        found += ["-n", str(min(8, max(2, (os.cpu_count() or 2) // 2))), "--dist", "worksteal"]
     if not slow and "-m" not in words:
         found += ["-m", "not slow"]
     return found
