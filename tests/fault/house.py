@@ -171,7 +171,10 @@ class House(Daemon):
             if entry.name.isdigit():
                 try:
                     environment = (entry / "environ").read_bytes().split(b"\0")
-                    if any(pair.removeprefix(b"INNKEEPER_JOB=").decode() in operations for pair in environment):
+                    if any(
+                        pair.removeprefix(b"INNKEEPER_JOB=").decode(errors="replace") in operations
+                        for pair in environment
+                    ):
                         found.append((entry / "cmdline").read_bytes().replace(b"\0", b" ").decode())
                 except OSError:
                     continue
