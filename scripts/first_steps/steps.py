@@ -119,7 +119,10 @@ class Steps:
             over.set()
             painter.join()
             clear = "\r\x1b[K" if live() else ""
-            print(f"{clear}  {mark} {step.title:<{WIDTH}}{dim(f'{step.took:>6}')}  {dim(step.result)}".rstrip())
+            print(
+                f"{clear}  {mark} {step.title:<{WIDTH}}{dim(f'{step.took:>6}')}  {dim(step.result)}".rstrip(),
+                flush=True,
+            )
 
     def skipped(self, title: str, why: str) -> None:
         """A step that there was no need for."""
