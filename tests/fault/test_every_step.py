@@ -9,7 +9,7 @@ import pytest
 from house import House, attempt
 from scenarios import SCENARIOS
 
-from innkeeper.operations.engine import Verb
+from innkeeper.operations.engine import UNDO_ATTEMPTS, Verb
 from innkeeper.operations.verbs import VERBS
 
 pytestmark = pytest.mark.guest
@@ -97,6 +97,38 @@ def test_fault(name, fault, house, request):
             scenario.act(house.inn).wait()
         house.check()
         scenario.whole(house)
+    house.empty()
+    house.end()
+    request.node.stash[FAILED] = False
+
+
+@pytest.mark.parametrize(
+    ("name", "fault"),
+    [
+        (verb, ",".join([f"{verb}/{last}/after/fail", *[f"{verb}/{step}/undo/fail"] * UNDO_ATTEMPTS]))
+        for verb, last, step in (
+            ("vm-create", "settle", "claim"),
+            ("vm-create", "settle", "make-files"),
+            ("vm-start", "run", "admit"),
+            ("vm-start", "run", "spawn"),
+            ("vm-stop", "shut-down", "mark"),
+            ("vm-restart", "shut-down", "mark"),
+        )
+    ]
+    + [("vm-delete", f"vm-delete/{step.name}/before/fail") for step in VERBS["vm-delete"].steps[1:]],
+)
+def test_the_next_daemon_settles_what_could_not_be_undone(name, fault, house, request):
+    request.node.stash[FAILED] = True
+    house.start(fault)
+    SCENARIOS[name].prepare(house)
+    operation = attempt(house, SCENARIOS[name].act)
+    assert operation is not None and operation.state == "failed"
+    house.end()
+    house.start()
+    house.settle()
+    house.check()
+    if name == "vm-delete":
+        SCENARIOS[name].whole(house)
     house.empty()
     house.end()
     request.node.stash[FAILED] = False

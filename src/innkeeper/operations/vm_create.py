@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
+from contextlib import suppress
 from typing import Any
 
 from innkeeper.base.clock import now
-from innkeeper.base.errors import Conflict, InvalidInput, NameTaken, PoolFull, PortTaken, Unsupported
+from innkeeper.base.errors import Conflict, InvalidInput, NameTaken, NotFound, PoolFull, PortTaken, Unsupported
 from innkeeper.base.ids import new_id
 from innkeeper.base.units import format_size
 from innkeeper.network.ports import is_free, who_listens
@@ -234,10 +235,16 @@ async def settle(ctx: Context) -> None:
         await ctx.world.events.append("vm.created", f"{vm['name']} was created", target=target)
 
 
+async def unsettle(ctx: Context) -> None:
+    """Its files are taken away now: should forgetting it fail, it must not be taken for a VM."""
+    with suppress(NotFound):
+        await update(ctx.world.store, f"vm/{ctx.data['vm']}", lambda vm: vm | {"state": "creating"})
+
+
 STEPS = (
     Step("claim", claim, unclaim),
     Step("make-files", make_files, remove_files),
-    Step("settle", settle),
+    Step("settle", settle, unsettle),
 )
 VERB = Verb("vm-create", STEPS)
 
