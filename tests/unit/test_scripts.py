@@ -62,6 +62,7 @@ def test_a_dry_run_says_what_it_would_do_and_does_nothing(monkeypatch, capsys):
     monkeypatch.setattr(debian, "check_host", lambda: "12")
     monkeypatch.setattr(debian, "missing", lambda packages: ["qemu-system-x86"])
     monkeypatch.setattr(python_env, "installed", lambda lock: False)
+    monkeypatch.setattr(up, "_ask", lambda *words: None)
     monkeypatch.setattr(up, "_bring_up", lambda *_: pytest.fail("it began"))
     assert up.main() == 0
     said = capsys.readouterr().out
