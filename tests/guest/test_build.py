@@ -117,6 +117,7 @@ def booted(folder: Path, *options: str, memory: int = 512) -> Iterator[Guest]:
         *("-netdev", "user,id=net", "-device", "virtio-net-pci,netdev=net,mac=52:54:00:00:00:01"),
         *options,
     ]
+    (folder / "qmp.sock").unlink(missing_ok=True)
     process = subprocess.Popen(command)
     guest = Guest(process, folder)
     try:
@@ -263,7 +264,8 @@ def firmware_options(firmware: str, folder: Path) -> list[str]:
         return []
     if not (OVMF / "OVMF_CODE_4M.fd").exists():
         pytest.skip("OVMF is not installed")
-    shutil.copy(OVMF / "OVMF_VARS_4M.fd", folder / "vars.fd")
+    if not (folder / "vars.fd").exists():
+        shutil.copy(OVMF / "OVMF_VARS_4M.fd", folder / "vars.fd")
     return [
         *("-drive", f"if=pflash,format=raw,readonly=on,file={OVMF}/OVMF_CODE_4M.fd"),
         *("-drive", f"if=pflash,format=raw,file={folder}/vars.fd"),
@@ -292,16 +294,13 @@ def test_debian_boots_grows_and_runs_a_new_kernels_grub_cfg(tmp_path: Path, firm
         guest.run("resolvectl status | grep -q 10.0.2.3; systemctl is-active ssh qemu-guest-agent")
         # A kernel upgrade ends with update-grub: what it writes must be what the next start uses.
         guest.run("sed -i 's/quiet/quiet innkeeper.test=1/' /etc/default/grub.d/50-innkeeper.cfg")
-        guest.run("update-initramfs -u && run-parts --arg=$(uname -r) /etc/kernel/postinst.d && sync")
-        guest.send("guest-shutdown", mode="reboot")
-        guest.hang_up()
-        deadline = time.monotonic() + 900
-        while guest.console.count("login:") < 2:
-            assert time.monotonic() < deadline, guest.console[-2000:]
-            time.sleep(1)
-        assert "innkeeper.test=1" in guest.run("cat /proc/cmdline")
+        guest.run("run-parts --arg=$(uname -r) /etc/kernel/postinst.d; sync")
         guest.send("guest-shutdown")
-        assert guest.process.wait(timeout=300) == 0
+        assert guest.process.wait(timeout=600) == 0
+    # Not a reset: QEMU 7.2 without KVM takes minutes for OVMF to unpack itself over code it has translated.
+    with booted(tmp_path, *options, *firmware_options(firmware, tmp_path), memory=1024) as guest:
+        assert "innkeeper.test=1" in guest.run("cat /proc/cmdline")
+        assert guest.run("hostname").strip() == "d1"
 
 
 @pytest.mark.slow
