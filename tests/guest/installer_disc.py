@@ -25,7 +25,7 @@ COMPONENTS = (
     "apt-mirror-setup", "pkgsel", "user-setup-udeb", "tzsetup-udeb", "clock-setup",
 )  # fmt: skip
 """What the installer loads from the mirror, besides what these need."""
-MODULES = ("virtio_blk", "ext4", "mbcache", "jbd2", "crc16", "crc32c_generic")
+MODULES = ("virtio_blk", "ext4", "mbcache", "jbd2", "crc16", "crc32c_generic", "dm-mod")
 PROGRAMS = ("e2fsprogs", "libext2fs2t64", "libcom-err2", "libss2")
 TOOLS = ("grub-mkrescue", "xorriso", "cpio", "dpkg-deb")
 

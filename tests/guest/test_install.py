@@ -30,7 +30,8 @@ def until(vm, true, minutes: float) -> None:
     while not true():
         printed = b"".join(vm.logs(tail=30)).decode(errors="replace")
         assert vm.state in ("running", "paused"), f"{vm.name} is {vm.state}:\n{printed}"
-        assert "Prompt: '?' for help" not in printed, f"the installer asks what the preseed does not answer:\n{printed}"
+        asks = "Prompt: '?' for help" in printed or "[Press enter to continue]" in printed
+        assert not asks, f"the installer asks what the preseed does not answer:\n{printed}"
         assert time.monotonic() < deadline, f"still not after {minutes} minutes:\n{printed}"
         time.sleep(2)
 
