@@ -34,6 +34,9 @@ STREAM_AFTER = 0.1
 
 LINGER = 1.0
 """Seconds to wait for more output when the command has ended but a process it left behind holds its output."""
+LINGER_TRIPS = 30
+"""The same, in questions to the agent at their slowest: a guest that is short of CPU may not have passed on yet what
+the command printed."""
 
 CLEAN_TIMEOUT = 15.0
 """Seconds to end a command and remove its files."""
@@ -245,15 +248,16 @@ class _Run:
     async def follow(self) -> AsyncGenerator[Chunk | Exit, None]:
         assert self.pid is not None
         clock = asyncio.get_running_loop().time
-        began, delay, ended = clock(), POLL_MIN, None
+        began, delay, ended, trip = clock(), POLL_MIN, None, 0.0
         while True:
             await asyncio.sleep(delay)
             if not self.handles and clock() - began > STREAM_AFTER:
                 await self._open()
-            names = list(self.handles)
+            names, asked = list(self.handles), clock()
             status, blocks = await asyncio.gather(
                 _status(self.agent, self.pid), asyncio.gather(*map(self._read, names))
             )
+            trip = max(trip, clock() - asked)
             fresh = dict(zip(names, blocks, strict=True))
             for stream in ("out", "err"):
                 if data := fresh.get(stream):
@@ -277,7 +281,7 @@ class _Run:
             delay = 0 if full else POLL_MIN if got else min(2 * (delay or POLL_MIN), POLL_MAX)
             if self.rc.strip():  # the command has ended; what still holds its output is a process it left behind
                 ended = clock() if ended is None or got else ended
-                if clock() - ended > LINGER:
+                if clock() - ended > max(LINGER, LINGER_TRIPS * trip):
                     self.pid, self.leftover = None, True
                     await self.clean()
                     yield Exit(int(self.rc) if re.fullmatch(rb"\d{1,3}\n", self.rc) else 125)
