@@ -94,7 +94,7 @@ async def test_every_format_arrives_unchanged(disk: Path, tmp_path: Path, name: 
 
 
 async def test_virtualbox_vhd_keeps_its_last_sectors(disk: Path, tmp_path: Path) -> None:
-    """QEMU by itself would cut it to the CHS geometry."""
+    """QEMU 7.2 by itself would cut it to the CHS geometry."""
     source = imported(disk, tmp_path, "dynamic.vhd")
     blob = bytearray(source.read_bytes())
     blob[28:32] = b"vbox"
@@ -102,7 +102,6 @@ async def test_virtualbox_vhd_keeps_its_last_sectors(disk: Path, tmp_path: Path)
     blob[64:68] = bytes(4)
     blob[64:68] = (~sum(blob[:512]) & 0xFFFFFFFF).to_bytes(4, "big")
     source.write_bytes(blob)
-    assert json.loads(qemu_img("info", "--output=json", source))["virtual-size"] != SIZE
     await convert(source, inspect(source), tmp_path / "made", job="op", report=quiet)
     assert content(tmp_path / "made", tmp_path) == disk.read_bytes()
 

@@ -23,7 +23,7 @@ def test_an_unknown_section_is_a_warning() -> None:
 @pytest.mark.parametrize(
     ("text", "line", "word"),
     [
-        ('{"ignition": {"version": "3.4.0"},\n}', 2, "JSON"),
+        ('{"ignition": {"version": "3.4.0"}\n"a": 1}', 2, "JSON"),
         ("", 1, "JSON"),
         ("[]", 1, "object"),
         ("{}", 1, "version"),

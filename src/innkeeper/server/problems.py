@@ -14,10 +14,16 @@ from starlette.exceptions import HTTPException
 from innkeeper.base.errors import InnkeeperError, InvalidInput
 from innkeeper.server.models import Problem
 
+
+def phrase(status: int) -> str:
+    """The reason phrase of RFC 9110, which Python follows from 3.13 on."""
+    return {413: "Content Too Large", 422: "Unprocessable Content"}.get(status) or HTTPStatus(status).phrase
+
+
 MEDIA = "application/problem+json"
 STATUSES = (404, 409, 422, 500, 501, 502, 503, 504, 507)
 RESPONSES: dict[int | str, dict[str, Any]] = {
-    status: {"model": Problem, "description": HTTPStatus(status).phrase} for status in STATUSES if status != 500
+    status: {"model": Problem, "description": phrase(status)} for status in STATUSES if status != 500
 }
 """What any route may answer besides its own success; a 500 is a bug and not part of the contract."""
 
@@ -59,8 +65,8 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def http(_request: Request, error: HTTPException) -> JSONResponse:
-        phrase = HTTPStatus(error.status_code).phrase
-        body = {"code": phrase.lower().replace(" ", "-"), "status": error.status_code, "detail": str(error.detail)}
+        title = phrase(error.status_code)
+        body = {"code": title.lower().replace(" ", "-"), "status": error.status_code, "detail": str(error.detail)}
         answer = problem(body | {"hint": "", "facts": {}})
         answer.headers.update(error.headers or {})
         return answer

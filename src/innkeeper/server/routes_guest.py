@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import binascii
 import json
 from collections.abc import AsyncIterator
 from contextlib import aclosing
@@ -36,7 +35,7 @@ async def exec_in_guest(ctx: Ctx, vm: VMName, body: ExecRequest) -> Response:
     found, machine = await ctx.machine(vm, "exec")
     try:
         stdin = None if body.stdin is None else base64.b64decode(body.stdin, validate=True)
-    except binascii.Error as error:
+    except ValueError as error:  # binascii.Error is one; text that is not ASCII is another
         raise InvalidInput(f"stdin is not base64: {error}", field="stdin") from None
     if any("\0" in word for word in (*body.argv, *body.env, *body.env.values(), body.cwd or "")):
         raise InvalidInput("a command, its environment and its folder cannot hold a NUL character")
