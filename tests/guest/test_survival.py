@@ -114,7 +114,7 @@ def test_a_graceful_stop_ends_well_when_the_daemon_is_killed_in_it(own):
     vm.act("stop")
     own.kill()
     own.start()
-    until(lambda: vm.state == "stopped", 90)
+    until(lambda: vm.state == "stopped" and vm.info["operation"] is None, 90)
     assert "crashed" not in " ".join(events(own, "vm.crashed", "patience"))
     vm.start()
     until(lambda: vm.info["agent"], 90)
