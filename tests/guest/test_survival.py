@@ -21,7 +21,8 @@ from innkeeper.machine.serial_log import KEPT
 from innkeeper.qemu import cgroup
 from innkeeper.qemu.process import Pid
 
-pytestmark = pytest.mark.guest
+# Slow: three guests under software emulation take minutes a test; by hand, or with scripts/test --slow.
+pytestmark = [pytest.mark.guest, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")
