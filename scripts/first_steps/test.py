@@ -45,6 +45,9 @@ def main(words: list[str]) -> int:
         words = [word for word in words if word != "--slow"]
         broken = _check(steps) if not words else []
     status = subprocess.run([PYTHON, "-m", "pytest", *_pytest(words, slow)], cwd=ROOT).returncode
+    if status < 0:
+        print(f"{paint('✗', '31')} pytest was killed by signal {-status}", flush=True)
+        status = 1
     if broken:
         print(f"{paint('✗', '31')} besides, not right: {', '.join(broken)} (see above)")
     return status or (1 if broken else 0)
