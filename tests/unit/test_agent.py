@@ -44,12 +44,24 @@ async def folder(tmp_path: Path) -> AsyncIterator[Path]:
         QEMU_GA, *arguments, cwd=deep, stdin=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.DEVNULL
     )
     try:
-        await until(lambda: (deep / "agent.sock").exists() or process.returncode is not None)
+        await until(lambda: listening(deep) or process.returncode is not None)
         yield deep
     finally:
         with contextlib.suppress(ProcessLookupError):
             process.kill()
         await process.wait()
+
+
+def listening(folder: Path) -> bool:
+    """A socket has its name a moment before anyone can connect to it."""
+    handle = os.open(folder, os.O_PATH)
+    try:
+        with socket.socket(socket.AF_UNIX) as connection, contextlib.suppress(OSError):
+            connection.connect(f"/proc/self/fd/{handle}/agent.sock")
+            return True
+        return False
+    finally:
+        os.close(handle)
 
 
 @pytest.fixture(autouse=True)
