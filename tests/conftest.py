@@ -161,9 +161,33 @@ def _link(source: str, target: str) -> None:
 
 def _folder() -> Path:
     # QEMU's own user must be able to pass through, which pytest's private tmp_path does not allow.
-    folder = Path(tempfile.mkdtemp(prefix="inn-test-", dir=CACHE))
+    folder = Path(tempfile.mkdtemp(prefix=f"inn-test-{os.getpid()}-", dir=CACHE))
     folder.chmod(0o711)
     return folder
+
+
+def pytest_configure(config):
+    if not hasattr(config, "workerinput"):
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # fixtures clean up after ctrl-C, so also after this
+        _sweep()
+
+
+def pytest_unconfigure(config):
+    if not hasattr(config, "workerinput"):
+        _sweep()
+
+
+def _sweep() -> None:
+    """End what a test process that was killed has left: its daemons, their guests, their folders."""
+    for folder in CACHE.glob("inn-test-*-*"):
+        if Path(f"/proc/{folder.name.split('-')[2]}").exists():
+            continue
+        mark = b"INNKEEPER_HOME=" + os.fsencode(folder) + b"\0"
+        for entry in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError):
+                if mark in (entry / "environ").read_bytes():
+                    os.kill(int(entry.name), signal.SIGKILL)
+        Daemon(folder).clean()
 
 
 @contextmanager

@@ -7,6 +7,7 @@ it reads one JSON object per line, {"env": {…}, "log": path}, and answers each
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import select
@@ -15,6 +16,9 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+
+PR_SET_PDEATHSIG = 1
+"""prctl(2)."""
 
 
 class Forked:
@@ -75,6 +79,7 @@ def _serve() -> None:
         if pid == 0:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             os.setsid()
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # tests that are killed leave no daemon
             null, log = os.open(os.devnull, os.O_RDWR), os.open(order["log"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
             for source, target in ((null, 0), (log, 1), (log, 2)):
                 os.dup2(source, target)
