@@ -22,6 +22,7 @@ from forking import ForkServer
 from innkeeper.client.errors import ApiError, DaemonUnreachable
 from innkeeper.client.operation import Operation
 from innkeeper.operations.image_make import _digest
+from innkeeper.plan.chain import file_name
 from innkeeper.qemu import cgroup
 from innkeeper.qemu.process import Pid
 
@@ -107,7 +108,7 @@ class House(Daemon):
         """Delete everything; nothing but history may be left."""
         for vm in self.inn.vms():
             self.inn.vm(vm["name"]).delete(force=True)
-        for image in self.inn.images():
+        for image in sorted(self.inn.images(), key=lambda image: image["kind"] != "warm"):  # those that stand on others
             if image["name"] != "tiny":
                 self.inn.image_delete(image["name"]).wait()
         self.check()
@@ -144,7 +145,7 @@ class House(Daemon):
         if tools := self.tools(set(under("operation/"))):
             yield f"tools are left: {tools}"
         yield from self._claims(vms, images, documents)
-        yield from self._folders(vms, images)
+        yield from self._folders(vms, images, under("layer/"))
 
     def _processes(self, vms: dict[str, Any], live: dict[str, Any]) -> Iterator[str]:
         running = {id for id, vm in vms.items() if vm["state"] in ("running", "paused")}
@@ -196,7 +197,7 @@ class House(Daemon):
         if secrets != set(vms):
             yield f"secrets of {secrets ^ set(vms)} have no VM, or the other way round"
 
-    def _folders(self, vms: dict[str, Any], images: dict[str, Any]) -> Iterator[str]:
+    def _folders(self, vms: dict[str, Any], images: dict[str, Any], layers: dict[str, Any]) -> Iterator[str]:
         for folder, wanted in ((self.home.vms, set(vms)), (self.home.images, set(images)), (self.home.work, set())):
             there = {path.name for path in folder.iterdir()}
             if (there ^ wanted) - {id for id, vm in vms.items() if vm["state"] == "deleting"}:
@@ -207,9 +208,12 @@ class House(Daemon):
                 if image["name"] != "tiny" and (not path.exists() or _digest(path) != digest):
                     yield f"image {image['name']} is listed and its {name} is not whole"
         for id, vm in vms.items():
-            for index in range(len(vm["spec"]["disks"]) if vm["state"] != "deleting" else 0):
-                if not (self.home.vm(id) / f"disk{index}.qcow2").exists():
-                    yield f"{vm['name']} has lost disk {index}"
+            wanted = {file_name(layer) for layer in layers.values() if layer["vm"] == id}
+            there = {path.name for path in self.home.vm(id).glob("disk*")}
+            if vm["state"] != "deleting" and (wanted != there or not set(vm["disks"]) <= layers.keys()):
+                yield f"{vm['name']} should have {wanted} and has {there}"
+        if strays := {layer["vm"] for layer in layers.values()} - vms.keys():
+            yield f"there are layers of {strays}, which are gone"
 
 
 def attempt(house: House, act: Any) -> Operation | None:

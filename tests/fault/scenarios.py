@@ -159,6 +159,30 @@ def not_replaced(house: House) -> None:
     assert image["name"] == NAME and "file" in image["source"]
 
 
+# --- forks ---
+
+WARM = f"{NAME}-warm"
+
+
+def warm(inn: Innkeeper) -> Operation:
+    """Of a guest without an agent: its boot sector goes round in a circle."""
+    return inn.warm(NAME, spec("warming", image=NAME, nics=[]))
+
+
+def have_warm(house: House) -> None:
+    have_image(house)
+    warm(house.inn).wait()
+
+
+def warmed(house: House) -> None:
+    assert house.inn.image(WARM)["kind"] == "warm" and house.inn.image(NAME)["users"] == [WARM]
+    assert not house.inn.vms()
+
+
+def not_warmed(house: House) -> None:
+    assert [image["name"] for image in house.inn.images()] == [NAME] and not house.inn.vms()
+
+
 SCENARIOS: dict[str, Scenario] = {
     "image-build": Scenario(build(), listed, not_listed),
     "image-build, replacing": Scenario(build(replace=True), replaced, not_replaced, have_image),
@@ -166,6 +190,8 @@ SCENARIOS: dict[str, Scenario] = {
     "image-import": Scenario(import_, listed, not_listed),
     "image-pull": Scenario(pull, listed, not_listed),
     "image-delete": Scenario(lambda inn: inn.image_delete(NAME), not_listed, listed, have_image),
+    "template-warm": Scenario(warm, warmed, not_warmed, have_image),
+    "vm-fork": Scenario(lambda inn: inn.forks(WARM, [NAME])[0], state("running"), gone, have_warm),
     "vm-create": Scenario(lambda inn: inn.create(spec(), start=False), state("stopped"), gone),
     "vm-launch": Scenario(lambda inn: inn.create(spec(), ready=False), state("running"), gone),
     "vm-start": Scenario(act("start"), state("running"), state("stopped"), make),

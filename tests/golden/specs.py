@@ -13,7 +13,8 @@ from typing import Any
 
 from innkeeper.host.accelerator import Verdict
 from innkeeper.host.facts import Cgroup, Cpu, Firmware, HostFacts, Kernel, Memory, QemuFacts, Uefi
-from innkeeper.plan.command import command
+from innkeeper.plan.chain import Chain, Layer
+from innkeeper.plan.command import Files, command
 from innkeeper.plan.identity import Identity, assign
 from innkeeper.plan.options import Constants, Plan
 from innkeeper.spec.image import Image
@@ -100,12 +101,20 @@ class Case:
         return assign(VM_ID, self.slot, spec, self.facts(), self.ssh_port if reachable else None)
 
     def plan(self, spec: VMSpec | None = None, identity: Identity | None = None, image_dir: str | None = None) -> Plan:
+        spec, folder = spec or self.vmspec(), "" if self.image == "none" else image_dir or self.image_dir
         return command(
-            spec or self.vmspec(), identity or self.identity(), self.facts(),
-            image(self.image) if self.image != "none" else None,
-            "" if self.image == "none" else image_dir or self.image_dir,
-            seed=self.seed, iso=self.disc, ignition=self.ignition,
+            spec, identity or self.identity(), self.facts(), image(self.image) if self.image != "none" else None,
+            Files(
+                chains(spec, f"{folder}/disk.qcow2" if self.image == "disk" else None), folder,
+                "seed.iso" if self.seed else "", self.disc, self.ignition,
+            ),
         )  # fmt: skip
+
+
+def chains(spec: VMSpec, base: str | None) -> list[Chain]:
+    """A layer for each disk; the first stands on `base`."""
+    below = {0: (Layer("disk0-image-0", base),)} if base else {}
+    return [(*below.get(n, ()), Layer(f"disk{n}-top", f"disk{n}-top.qcow2")) for n in range(len(spec.disks))]
 
 
 def _disks(*buses: str) -> list[dict[str, Any]]:

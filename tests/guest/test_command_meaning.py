@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 from golden.hostile import hostile_serials, hostile_strings
-from golden.specs import CASES, NASTY, VM_ID, Case
+from golden.specs import CASES, NASTY, VM_ID, Case, chains
 
 from innkeeper.base.errors import InvalidInput, QmpFailed
 from innkeeper.base.home import Home, absolute
@@ -27,7 +27,7 @@ from innkeeper.host.facts import Firmware, Uefi
 from innkeeper.host.firmware import firmware
 from innkeeper.machine.machine import Machine
 from innkeeper.machine.reaction import DISK_ERROR, NO_SPACE
-from innkeeper.plan.command import command
+from innkeeper.plan.command import Files, command
 from innkeeper.plan.identity import Identity
 from innkeeper.plan.options import Option, Plan
 from innkeeper.qemu.monitor import Monitor
@@ -79,7 +79,7 @@ class Real:
         self.folder.mkdir(mode=0o700)
         image = self._image()
         for index, disk in enumerate(self.spec.disks):
-            path = self.folder / f"disk{index}.qcow2"
+            path = self.folder / f"disk{index}-top.qcow2"
             if index == 0 and self.case.image == "disk":
                 write_overlay(path, Path("/any"), "qcow2", disk.size or 1 << 30, durable=False)
             else:
@@ -97,8 +97,12 @@ class Real:
             for path in (*self.folder.iterdir(), self.folder):
                 os.chown(path, self.identity.uid, self.identity.uid)
         return command(
-            self.spec, self.identity, self.facts, image, self.image_dir if image else "",
-            seed=self.case.seed, iso=self.case.disc, ignition=self.case.ignition,
+            self.spec, self.identity, self.facts, image,
+            Files(
+                chains(self.spec, f"{self.image_dir}/disk.qcow2" if self.case.image == "disk" else None),
+                self.image_dir if image else "", "seed.iso" if self.case.seed else "", self.case.disc,
+                self.case.ignition,
+            ),
         )  # fmt: skip
 
     def _image(self):
@@ -369,7 +373,7 @@ async def test_hostile_folders_and_serials_in_one_process(home, capsys):
             target = Path(folder) / "disk.qcow2"
             if not target.exists():
                 os.link(source, target)
-            node = next(b for b in values(made, "-blockdev") if b["node-name"] == "disk0-base")
+            node = next(b for b in values(made, "-blockdev") if b["node-name"] == "disk0-image-0")
             disk = next(d for d in values(made, "-device") if d["id"] == "virtio-disk1")
             await monitor.execute("blockdev-add", node | {"node-name": f"node{number}"})
             own = {"id": f"plugged{number}", "drive": f"node{number}", "bootindex": number + 9}
@@ -457,7 +461,7 @@ async def test_a_disk_error_pauses_with_its_reason(home, errno, reason):
     for option in plan.options:
         if isinstance(option.value, dict) and option.value.get("id") == "virtio-disk0":
             fault = {"event": "none", "iotype": "read", "errno": errno}
-            debug = {"driver": "blkdebug", "node-name": "faulty", "image": "disk0", "inject-error": [fault]}
+            debug = {"driver": "blkdebug", "node-name": "faulty", "image": "disk0-top", "inject-error": [fault]}
             options += [Option("-blockdev", debug), Option("-device", option.value | {"drive": "faulty"})]
         else:
             options.append(option)

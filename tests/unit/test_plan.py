@@ -71,7 +71,7 @@ def check(plan: Plan, spec: VMSpec) -> None:
     assert re.fullmatch(r"pc-q35-7\.2,.*", options["-machine"])
     devices = jsons(plan, "-device")
     disks = [d for d in devices if d["id"].startswith("virtio-disk")]
-    assert [d["drive"] for d in disks] == [f"disk{index}" for index in range(len(spec.disks))]
+    assert [d["drive"] for d in disks] == [f"disk{index}-top" for index in range(len(spec.disks))]
     assert all(d["werror"] == d["rerror"] == "stop" for d in disks)
     assert [d["bootindex"] for d in disks] == list(range(1, len(disks) + 1))
     assert [d.get("serial", "") for d in disks] == [disk.serial for disk in spec.disks]
@@ -325,7 +325,7 @@ def test_a_changed_accelerator_changes_the_cpu_model_and_nothing_else():
 def test_secrets_are_not_part_of_the_record():
     case = BY_NAME["hostile-first-boot"]
     spec, identity = case.vmspec(), case.identity()
-    stored = json.dumps(vm_record(spec, identity, None, "now"))
+    stored = json.dumps(vm_record(spec, identity, None, [], "now"))
     for secret in ("#cloud-config", 'user_data": "', 'network_config": "', 'ignition": "'):
         assert secret not in stored
     assert public_spec(spec)["first_boot"]["env"] == {}

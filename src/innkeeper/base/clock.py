@@ -7,7 +7,12 @@ from datetime import UTC, datetime
 
 def now() -> str:
     """UTC with milliseconds, RFC 3339: `2026-11-22T12:41:07.123Z`. Sorts as text."""
-    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    return stamp(datetime.now(UTC))
+
+
+def stamp(at: datetime) -> str:
+    """A point in time, in UTC, as `now` writes it."""
+    return at.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def age(stamp: str) -> float:

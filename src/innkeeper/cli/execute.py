@@ -10,17 +10,21 @@ from typing import BinaryIO
 
 from innkeeper.cli import terminal
 from innkeeper.cli.parser import usage_error
-from innkeeper.client import Innkeeper
+from innkeeper.client import VM, Innkeeper
 
 
 def execute(inn: Innkeeper, args: Namespace) -> int:
     """Run the command; its bytes go through unchanged, and its status is ours."""
     if not args.argv:
         raise usage_error(args, f"no command: inn exec {args.vm} -- COMMAND…")
+    return run(inn.vm(args.vm), args)
+
+
+def run(vm: VM, args: Namespace) -> int:
+    """The same in a VM that was just made."""
     stdin = None if args.no_stdin else _stdin()
     env = environment(args, args.env or ())
     options = {"stdin": stdin, "env": env, "cwd": args.cwd, "timeout": args.timeout}
-    vm = inn.vm(args.vm)
     if args.output == "json":
         result = vm.exec(args.argv, **options)
         terminal.emit_json(

@@ -41,9 +41,9 @@ def launch(inn: Innkeeper, args: Namespace) -> int:
         "nic": args.nic,
         "user": args.user,
         "ssh_keys": keys,
-        "user_data": _text(args, "user_data"),
-        "network_config": _text(args, "network_config"),
-        "ignition": _text(args, "ignition"),
+        "user_data": text(args, "user_data"),
+        "network_config": text(args, "network_config"),
+        "ignition": text(args, "ignition"),
         "env": environment(args, args.env or ()),
         "note": args.note,
     }
@@ -84,7 +84,7 @@ def _keys(inn: Innkeeper, args: Namespace) -> tuple[list[str], list[Path]]:
     return public_keys(None)
 
 
-def _text(args: Namespace, option: str) -> str | None:
+def text(args: Namespace, option: str) -> str | None:
     """The text of the file that an option names; `-` is stdin."""
     name = getattr(args, option)
     if name is None:

@@ -14,6 +14,7 @@ from innkeeper.base.home import Home
 from innkeeper.client import transport
 from innkeeper.client.errors import DaemonUnreachable, SocketForbidden
 from innkeeper.client.operation import Operation, Progress
+from innkeeper.client.pool import Pool
 from innkeeper.client.vm import VM
 from innkeeper.client.wishes import vm_spec
 
@@ -175,6 +176,43 @@ class Innkeeper:
         """Make a VM, start it and wait until the guest is up; options as of `vm_spec`. Raises `ApiError`."""
         self.create(vm_spec(name, image, **wish), start=start, force=force).wait(on_progress)
         return self.vm(name)
+
+    def warm(
+        self,
+        image: str,
+        spec: dict[str, Any],
+        *,
+        name: str | None = None,
+        until: str | None = None,
+        refresh: bool = False,
+        timeout: float | None = None,
+    ) -> Operation:
+        """Boot an image as `spec` says, wait until it is ready (and the shell command `until` ends well in it), and
+        capture it as a warm image, which can be forked."""
+        body = {"image": image, "spec": spec, "name": name, "until": until, "refresh": refresh, "timeout": timeout}
+        return self.operate("POST", "/images/warm", document=body)
+
+    def forks(
+        self, image: str, names: Iterable[str], *, ttl: float | None = None, force: bool = False
+    ) -> list[Operation]:
+        """Begin to fork a warm image, once for each name. `ttl` in seconds."""
+        body = {"image": image, "names": list(names), "ttl": ttl, "force": force}
+        answer: dict[str, Any] = self.call("POST", "/forks", document=body)
+        return [self.operation(id) for id in answer["operations"]]
+
+    def fork(self, image: str, *, name: str | None = None, ttl: float | None = None, force: bool = False) -> VM:
+        """A running copy of a warm image, when it is a machine of its own. In a `with` it is gone at the end:
+
+        >>> with inn.fork("debian-12-warm") as vm:
+        ...     vm.exec(["uname", "-n"]).stdout
+        """
+        chosen = name or f"fork-{os.urandom(5).hex()}"
+        self.forks(image, [chosen], ttl=ttl, force=force)[0].wait()
+        return self.vm(chosen)
+
+    def pool(self, image: str, *, ready: int = 4) -> Pool:
+        """Forks of a warm image that are made ahead."""
+        return Pool(self, image, ready)
 
     def apply(self, documents: Iterable[dict[str, Any]], *, dry_run: bool = False) -> dict[str, Any]:
         """Bring about what manifests say: {"changes": […], "operations": [ids]}. The operations have begun, not ended:

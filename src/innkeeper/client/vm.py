@@ -7,6 +7,7 @@ import io
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from types import TracebackType
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 from innkeeper.client.errors import ApiError, DaemonUnreachable
@@ -59,6 +60,15 @@ class VM:
             return self._innkeeper.operate("DELETE", self._path(), query={"force": force})
         body = {"force": force, "timeout": timeout}
         return self._innkeeper.operate("POST", self._path(f"/actions/{action}"), document=body)
+
+    def __enter__(self) -> VM:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """A VM in a `with` is gone at its end, whatever happened."""
+        self.delete(force=True)
 
     def start(self, *, wait: bool = True, on_progress: Progress | None = None) -> Operation:
         """Boot it; ends when the guest is ready."""

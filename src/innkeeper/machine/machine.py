@@ -15,7 +15,7 @@ from innkeeper.base.clock import now
 from innkeeper.base.errors import AgentUnavailable, NotFound, QmpFailed, StoreFailed
 from innkeeper.base.home import Home
 from innkeeper.machine.reaction import NO_SPACE, Reaction, Status, react
-from innkeeper.qemu import cgroup
+from innkeeper.qemu import cgroup, migration
 from innkeeper.qemu.agent import Agent
 from innkeeper.qemu.monitor import Monitor
 from innkeeper.qemu.process import LOG, Process
@@ -277,6 +277,24 @@ class Machine:
                 async with asyncio.timeout(5):
                     await changed.wait()
 
+    async def capture(self, path: Path) -> None:
+        """Stop the guest for good and write the state of its devices; its RAM is in the file `ram` then.
+
+        The agent's connection stays open till the end: forks begin with an agent that is listening.
+        """
+        await self.monitor.execute("stop")
+        await migration.save(self.monitor, path)
+
+    async def go_on_from(self, path: Path) -> None:
+        """Put captured devices into a QEMU that was started with the RAM they belong to. `run` is what comes next.
+
+        The agent is connected before, as it was when the guest was captured.
+        """
+        agent = Agent(self.folder, "agent.sock")
+        await agent.dial()
+        self._agent, self.status = agent, replace(self.status, agent=True)
+        await migration.load(self.monitor, path)
+
     async def power_down(self) -> None:
         """Ask the guest to shut down, by ACPI and, where the agent listens, by the agent."""
         await self.monitor.execute("system_powerdown")
@@ -320,12 +338,13 @@ class Machine:
         if not self.status.agent:
             raise AgentUnavailable(f"the guest agent of {self.name} does not answer: the guest has not opened its port")
         async with self._agent_lock:
-            if self._agent is None:
-                agent = Agent(self.folder, "agent.sock")
+            agent = self._agent or Agent(self.folder, "agent.sock")
+            if not agent.synced:
+                self._agent = None
                 await agent.connect()
                 self._agent = agent
         try:
-            yield self._agent
+            yield agent
         except AgentUnavailable:
             await self._drop_agent()  # the next user connects anew
             raise

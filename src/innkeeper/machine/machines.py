@@ -51,21 +51,22 @@ class Machines:
         """All of them."""
         return [machine for machine in self._live.values() if not machine.over.done()]
 
-    async def start(self, vm: Value, plan: Plan) -> Machine:
-        """Spawn QEMU by the plan, stopped before its first instruction. Nothing is left of it when this fails.
+    async def start(self, vm: Value, plan: Plan, ram: int | None = None) -> Machine:
+        """Spawn QEMU by the plan, stopped before its first instruction. Nothing is left of it when this fails. `ram`
+        is the descriptor for `plan.ram`.
 
         Raises `QemuFailed` with what QEMU wrote to stderr.
         """
         vm_id, folder = vm["id"], self._home.vm(vm["id"])
         await self.discard(vm_id)
         (folder / LOG).unlink(missing_ok=True)
-        process = spawn(plan, self._home, vm_id)
+        process = spawn(plan, self._home, vm_id, ram)
         machine = self._new(vm_id, vm["name"], process)
         try:
             pid = process.pid
             live = {"pid": pid.number, "started": pid.started, "argv": plan.argv(), "since": now()}
             await self._store.transact({f"live/{vm_id}": live})
-            await machine.attach(vm["identity"]["uuid"], disc=bool(plan.fdsets))
+            await machine.attach(vm["identity"]["uuid"], disc=vm["disc"])
             if unconfined := await cgroup.place(self._home, vm_id, pid.number):
                 log.warning("a VM has no cgroup of its own", vm=vm["name"], reason=unconfined)
         except BaseException as error:

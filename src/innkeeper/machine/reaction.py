@@ -106,7 +106,7 @@ def _disk_error(status: Status, data: Mapping[str, Any]) -> Reaction:
         return Reaction(status)
     if status.pausing in (reason, PANICKED):
         return Reaction(status)
-    which = data.get("node-name") or data.get("device") or "a disk"
+    which = str(data.get("node-name") or data.get("device") or "a disk").partition("-")[0]  # plan/chain.py
     text = (
         f"paused: the file system of the pool is full ({which}); it goes on by itself once there is room"
         if full

@@ -79,6 +79,8 @@ def admit(state: str, action: str, *, operation: Mapping[str, Any] | None = None
             )  # fmt: skip
         if action == "delete":
             return ACCEPT
+    if operation is not None and operation["kind"] == "vm-fork" and action in ("exec", "console"):
+        return Admission("refuse", "it is still becoming a machine of its own", "try again in a moment")
     if not force and (state, action) in _WITHOUT_FORCE:
         return _WITHOUT_FORCE[state, action]
     for states, actions, answer in _RULES:

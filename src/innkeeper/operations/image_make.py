@@ -20,8 +20,9 @@ from innkeeper.base.errors import Conflict, InUse, InvalidInput, NameTaken, NotF
 from innkeeper.base.ids import new_id
 from innkeeper.base.units import GIB, MIB, TIB
 from innkeeper.host.users import errand_uid
-from innkeeper.operations.engine import Context, Step, Verb
+from innkeeper.operations.engine import Context, Step, Verb, busy
 from innkeeper.operations.vm_create import check_room
+from innkeeper.operations.world import World
 from innkeeper.spec.image import Image
 from innkeeper.spec.recipe import load_recipe
 from innkeeper.storage.build import Built, build
@@ -31,7 +32,7 @@ from innkeeper.storage.formats.detect import inspect
 from innkeeper.store.contract import Document, Value, update
 
 DOWNLOAD_LIMIT = 1 * TIB
-ROOM = {"build": 3 * GIB, "import": 64 * MIB, "pull": 64 * MIB}
+ROOM = {"build": 3 * GIB, "import": 64 * MIB, "pull": 64 * MIB, "warm": 64 * MIB}
 """Bytes that the pool must have free before it is worth beginning."""
 
 
@@ -76,7 +77,7 @@ def _name(ctx: Context) -> str:
 
 async def make_from_recipe(ctx: Context) -> None:
     """The long step of `inn image build`."""
-    workspace = await _workspace(ctx)
+    workspace = await new_workspace(ctx)
     recipe = load_recipe(ctx.args["recipe"])
     built = await build(recipe, workspace, job=ctx.operation, report=ctx.report)
     ctx.data["image_fields"] = _fields(built)
@@ -93,7 +94,7 @@ def _fields(built: Built) -> dict[str, Any]:
 
 async def make_from_download(ctx: Context) -> None:
     """Fetch and verify; the import that follows reads the file only then."""
-    workspace = await _workspace(ctx)
+    workspace = await new_workspace(ctx)
     target = workspace / "download"
     free = shutil.disk_usage(workspace).free
     await download(
@@ -104,7 +105,7 @@ async def make_from_download(ctx: Context) -> None:
 async def make_from_file(ctx: Context) -> None:
     """A private copy, its header checked, then converted to qcow2 with nothing probed. The source stays as it is."""
     pulled = ctx.args["how"] == "pull"
-    workspace = ctx.world.home.workspace(ctx.operation) if pulled else await _workspace(ctx)
+    workspace = ctx.world.home.workspace(ctx.operation) if pulled else await new_workspace(ctx)
     source, target = workspace / "download", workspace / "disk.qcow2"
     target.unlink(missing_ok=True)  # half-made by a daemon that died
     if not pulled:
@@ -124,7 +125,7 @@ async def remove_workspace(ctx: Context) -> None:
     await asyncio.to_thread(shutil.rmtree, ctx.world.home.workspace(ctx.operation), ignore_errors=True)
 
 
-async def _workspace(ctx: Context) -> Path:
+async def new_workspace(ctx: Context) -> Path:
     await remove_workspace(ctx)
     workspace = ctx.world.home.workspace(ctx.operation)
     workspace.mkdir(mode=0o700, parents=True)
@@ -138,16 +139,17 @@ async def publish(ctx: Context) -> None:
         return  # published before the daemon died
     fields = ctx.data["image_fields"]
     workspace, folder = world.home.workspace(ctx.operation), world.home.image(image_id)
+    private = fields["kind"] == "warm"  # whatever the guest had in memory is in it
     if workspace.exists():
         for path in workspace.iterdir():
             if path.name not in fields["files"].values():  # what it was made from
                 path.unlink()
                 continue
-            path.chmod(0o644)
+            path.chmod(0o600 if private else 0o644)
             await asyncio.to_thread(_sync, path)
         folder.parent.mkdir(mode=0o711, parents=True, exist_ok=True)
         workspace.rename(folder)
-    folder.chmod(0o711)
+    folder.chmod(0o700 if private else 0o711)
     digests = {}
     for file in fields["files"].values():
         ctx.report(None, f"computing the digest of {file}")
@@ -159,6 +161,12 @@ async def publish(ctx: Context) -> None:
         _name(ctx): {"id": image_id},
     }
     checks = {}
+    if fields.get("base"):  # nobody deletes it before it is known that this one stands on it
+        base = await world.find("image", fields["base"])
+        if base["operation"]:
+            raise busy(f"image {base['name']}", base["operation"])
+        document = await world.store.get(f"image/{base['id']}")
+        checks[f"image/{base['id']}"] = document.revision if document else 0
     if previous := await _previous(ctx):
         # VMs may stand on the old image: it steps aside, under a name that says what it is.
         writes[previous.key] = previous.value | {"name": _aside(ctx)}
@@ -217,7 +225,7 @@ async def _retire(ctx: Context, image_id: str, writes: dict[str, Value | None]) 
         return
     if image["operation"] != hold:
         return  # somebody is deleting it already
-    if any((vm["image"] or {}).get("id") == image_id for vm in await ctx.world.vms()):
+    if await users(ctx.world, image_id):
         await update(store, key, lambda image: image | {"operation": None})
         return
     await store.transact({key: None, **writes})
@@ -225,7 +233,13 @@ async def _retire(ctx: Context, image_id: str, writes: dict[str, Value | None]) 
 
 
 async def _remove_folder(ctx: Context, image_id: str) -> None:
+    ctx.world.ram.drop(image_id)
     await asyncio.to_thread(shutil.rmtree, ctx.world.home.image(image_id), ignore_errors=True)
+
+
+def own(path: Path) -> None:
+    """Make a file the daemon's, whoever it belonged to."""
+    os.chown(path, os.geteuid(), os.getegid())
 
 
 def _digest(path: Path) -> str:
@@ -237,16 +251,21 @@ def _sync(path: Path) -> None:
         os.fsync(file.fileno())
 
 
+async def users(world: World, image_id: str) -> list[str]:
+    """Names of the VMs and images that stand on an image."""
+    vms = [vm["name"] for vm in await world.vms() if (vm["image"] or {}).get("id") == image_id]
+    images = [d.value["name"] for d in await world.store.list("image/") if d.value.get("base") == image_id]
+    return sorted([*vms, *images])
+
+
 async def check_unused(ctx: Context) -> None:
     """Others may stand on it: then it stays (DESIGN.md 5.11)."""
     if "id" not in ctx.target:
         raise InvalidInput("no image is named")
-    users = [vm["name"] for vm in await ctx.world.vms() if (vm["image"] or {}).get("id") == ctx.target["id"]]
-    if users:
+    if found := await users(ctx.world, ctx.target["id"]):
         raise InUse(
-            f"image {ctx.target['name']} is the base of {', '.join(sorted(users))}",
-            hint="delete those VMs first", users=sorted(users),
-        )  # fmt: skip
+            f"image {ctx.target['name']} is the base of {', '.join(found)}", hint="delete those first", users=found
+        )
 
 
 async def delete(ctx: Context) -> None:
@@ -267,17 +286,17 @@ async def delete(ctx: Context) -> None:
         await ctx.world.events.append("image.deleted", f"image {name} was deleted", target=target)
 
 
-_CLAIM = Step("claim", claim, unclaim)
-_PUBLISH = (Step("publish", publish, unpublish), Step("replace", replace, keep=True))
-BUILD = Verb("image-build", (_CLAIM, Step("build", make_from_recipe, remove_workspace), *_PUBLISH))
-IMPORT = Verb("image-import", (_CLAIM, Step("convert", make_from_file, remove_workspace), *_PUBLISH))
+CLAIM = Step("claim", claim, unclaim)
+PUBLISH = (Step("publish", publish, unpublish), Step("replace", replace, keep=True))
+BUILD = Verb("image-build", (CLAIM, Step("build", make_from_recipe, remove_workspace), *PUBLISH))
+IMPORT = Verb("image-import", (CLAIM, Step("convert", make_from_file, remove_workspace), *PUBLISH))
 PULL = Verb(
     "image-pull",
     (
-        _CLAIM,
+        CLAIM,
         Step("download", make_from_download, remove_workspace),
         Step("convert", make_from_file, remove_workspace),
-        *_PUBLISH,
+        *PUBLISH,
     ),
 )
 DELETE = Verb("image-delete", (Step("check", check_unused), Step("delete", delete, keep=True)), cancellable=False)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from innkeeper.operations import (
     image_make,
+    template_warm,
     vm_create,
     vm_delete,
+    vm_fork,
     vm_launch,
     vm_pause,
     vm_restart,
@@ -24,6 +26,8 @@ VERBS: dict[str, Verb] = {
         image_make.DELETE,
         vm_create.VERB,
         vm_launch.VERB,
+        template_warm.VERB,
+        vm_fork.VERB,
         vm_start.VERB,
         vm_stop.VERB,
         vm_restart.VERB,

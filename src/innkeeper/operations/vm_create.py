@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from innkeeper.base.clock import now
@@ -12,7 +13,9 @@ from innkeeper.base.errors import Conflict, InvalidInput, NameTaken, NotFound, P
 from innkeeper.base.ids import new_id
 from innkeeper.base.units import format_size
 from innkeeper.network.ports import is_free, who_listens
+from innkeeper.operations.chains import chain, own_layers, role_of
 from innkeeper.operations.engine import Context, Step, Verb, busy
+from innkeeper.plan.chain import layer_record
 from innkeeper.plan.identity import SSH_PORT_BASE, assign
 from innkeeper.plan.record import vm_record
 from innkeeper.plan.seed import HostKey, compose
@@ -31,8 +34,10 @@ async def claim(ctx: Context) -> None:
     world, spec = ctx.world, VMSpec.model_validate(ctx.args["spec"])
     if "vm" not in ctx.data:
         ctx.data["vm"] = new_id()
+        ctx.data["layers"] = [new_id() for _ in spec.disks]
         ctx.data["hold"] = f"vm/{ctx.data['vm']}"
-        ctx.target["id"] = ctx.data["vm"]
+        if ctx.target["kind"] == "vm":
+            ctx.target["id"] = ctx.data["vm"]
         await ctx.save()
     if await world.store.get(f"vm/{ctx.data['vm']}"):
         return  # claimed before the daemon died
@@ -46,8 +51,21 @@ async def claim(ctx: Context) -> None:
         image = await world.find("image", spec.image) if spec.image else None
         if image and (operation := image["operation"]):
             raise busy(f"image {image['name']}", operation)
-        record = vm_record(spec, identity, {"id": image["id"], "name": image["name"]} if image else None, now())
-        writes[f"vm/{identity.id}"] = record | {"operation": {"id": ctx.operation, "kind": ctx.args["kind"]}}
+        if image and image["kind"] == "warm":  # saved state loads into the same machine only
+            pinned = ("machine_type", "accelerator", "cpu_model")
+            identity = identity.model_copy(update={key: image["warm"][key] for key in pinned})
+        origin, layers, stamp = {"id": image["id"], "name": image["name"]} if image else None, ctx.data["layers"], now()
+        record = vm_record(spec, identity, origin, layers, stamp)
+        writes[f"vm/{identity.id}"] = record | {
+            "operation": {"id": ctx.operation, "kind": ctx.args["kind"]},
+            "capturable": bool(ctx.args.get("capturable")),
+            "going_on": bool(image and image["kind"] == "warm"),
+            "forked": bool(image and image["kind"] == "warm"),
+            "expires": ctx.args.get("expires"),
+        }
+        for index, layer in enumerate(layers):
+            base = image["id"] if image and role_of(index) in image["files"] else None
+            writes[f"layer/{layer}"] = layer_record(layer, identity.id, index, parent=None, image=base, stamp=stamp)
         writes[f"secret/vm/{identity.id}"] = {
             "first_boot": ctx.args["spec"]["first_boot"],
             "host_key": vars(make_host_key(spec.name)),
@@ -130,6 +148,7 @@ async def forget(ctx: Context, vm_id: str | None) -> None:
         for document in await store.list(prefix)
         if document.value["id"] == vm_id
     ]
+    owned += [f"layer/{layer['id']}" for layer in await own_layers(ctx.world, vm_id)]
     keys = [*owned, f"vm/{vm_id}", f"live/{vm_id}", f"secret/vm/{vm_id}"]
     await store.transact(dict.fromkeys(keys))
 
@@ -145,27 +164,37 @@ async def make_files(ctx: Context) -> None:
         shutil.rmtree(folder)  # half-made by a daemon that died
     folder.mkdir(mode=0o700, parents=True)
     image = await world.find("image", vm["image"]["id"]) if vm["image"] else None
-    for index, disk in enumerate(spec.disks):
-        target = folder / f"disk{index}.qcow2"
-        if index == 0 and image and image["kind"] == "disk":
+    for index, (disk, layer_id) in enumerate(zip(spec.disks, vm["disks"], strict=True)):
+        *_, base, top = (None, *await chain(world, vm["id"], layer_id))
+        target = folder / top.path
+        if image and base:
             size = disk.size or image["virtual_size"]
             if size < image["virtual_size"]:
                 raise InvalidInput(
                     f"disk 0 of {format_size(size)} is smaller than image {image['name']}",
                     hint=f"give it at least {format_size(image['virtual_size'])}", field="disks.0.size",
                 )  # fmt: skip
-            write_overlay(target, world.home.image(image["id"]) / image["files"]["disk"], "qcow2", size)
+            write_overlay(target, Path(base.path), "qcow2", size)
         elif disk.size is None:
             raise InvalidInput(f"disk {index} has no size, and image {vm['image']['name']} has no disk to take it from")
         else:
             write_empty(target, disk.size)
-    await _first_boot(ctx, vm, image)
+    if vm["going_on"]:
+        _as_captured(ctx, folder, image or {})
+    else:
+        await write_first_boot(ctx, vm, image)
     if (uid := vm["identity"]["uid"]) is not None:
         for path in (*folder.iterdir(), folder):
             os.chown(path, uid, uid)
 
 
-async def _first_boot(ctx: Context, vm: Value, image: Value | None) -> None:
+def _as_captured(ctx: Context, folder: Path, image: Value) -> None:
+    """What a fork has of its own besides its disks. A seed is made when it boots for the first time (vm_start)."""
+    if "nvram" in image["files"]:
+        shutil.copyfile(ctx.world.home.image(image["id"]) / image["files"]["nvram"], folder / "nvram.fd")
+
+
+async def write_first_boot(ctx: Context, vm: Value, image: Value | None) -> None:
     world = ctx.world
     folder = world.home.vm(vm["id"])
     document = await world.store.get(f"secret/vm/{vm['id']}")
@@ -210,7 +239,7 @@ async def remove_files(ctx: Context) -> None:
 
 def discard_folder(ctx: Context, vm_id: str) -> None:
     """Take a VM's folder away: renamed first, so that a half-deleted one is never taken for a VM."""
-    folder, trash = ctx.world.home.vm(vm_id), ctx.world.home.workspace(ctx.operation)
+    folder, trash = ctx.world.home.vm(vm_id), ctx.world.home.workspace(f"{ctx.operation}-trash")
     if folder.exists():
         trash.parent.mkdir(parents=True, exist_ok=True)
         if trash.exists():

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import os
 import shutil
+from pathlib import Path
 
 from innkeeper.base.clock import now
 from innkeeper.base.errors import ActionRefused, Conflict, NotFound, PortTaken, QemuFailed
 from innkeeper.host.memory import check_memory
 from innkeeper.machine.states import LIVE
 from innkeeper.network.ports import is_free, who_listens
+from innkeeper.operations.chains import chain
 from innkeeper.operations.engine import Context, Step, Verb
-from innkeeper.operations.vm_create import claim_ports
-from innkeeper.plan.command import command
+from innkeeper.operations.vm_create import claim_ports, write_first_boot
+from innkeeper.operations.world import World
+from innkeeper.plan.command import Files, command
 from innkeeper.plan.identity import Identity, on_accelerator
 from innkeeper.plan.options import Plan
 from innkeeper.spec.image import Image
@@ -29,9 +32,9 @@ async def admit(ctx: Context) -> None:
     if not ctx.args.get("force"):
         running = {m.id for m in ctx.world.machines.live()}
         promised = sum(
-            v["spec"]["memory"] - resident(ctx, v["id"]) for v in await ctx.world.vms() if v["id"] in running
+            max(0, _expected(v) - resident(ctx, v["id"])) for v in await ctx.world.vms() if v["id"] in running
         )
-        check_memory(vm["spec"]["memory"], host.memory, max(0, promised))
+        check_memory(_expected(vm), host.memory, promised)
     await _check_ports(ctx)
     await _state(ctx, "starting")
 
@@ -65,6 +68,15 @@ async def _check_ports(ctx: Context) -> None:
         await _check_ports(ctx)
 
 
+FORK_SHARE = 4
+"""Of a fork's memory one part in so many is expected to become its own; the rest it goes on sharing."""
+
+
+def _expected(vm: Value) -> int:
+    """Bytes of RAM that a VM is expected to take from the host."""
+    return int(vm["spec"]["memory"]) // (FORK_SHARE if vm["forked"] else 1)
+
+
 def resident(ctx: Context, vm_id: str) -> int:
     """Bytes of RAM that a VM's QEMU holds now; 0 when it cannot be told."""
     machine = ctx.world.machines.get(vm_id)
@@ -89,16 +101,26 @@ async def spawn(ctx: Context) -> None:
     """QEMU runs, stopped before the guest's first instruction."""
     vm = await _vm(ctx)
     machine = ctx.world.machines.get(vm["id"])
-    if machine is not None and machine.status.state != "starting":
+    if machine is not None and machine.status.state != "starting" and not vm["going_on"]:
         return  # a daemon before this one came as far as letting it run
     try:
-        await ctx.world.machines.start(vm, await plan(ctx, vm))
+        await _start(ctx, vm)
     except QemuFailed as error:
         if "host forwarding rule" not in str(error.facts.get("stderr")):
             raise
         await _check_ports(ctx)  # somebody took one since they were looked at
-        vm = await _vm(ctx)
-        await ctx.world.machines.start(vm, await plan(ctx, vm))
+        await _start(ctx, await _vm(ctx))
+
+
+async def _start(ctx: Context, vm: Value) -> None:
+    world = ctx.world
+    planned = await plan(ctx, vm)
+    if planned.ram is None:
+        await world.machines.start(vm, planned)
+        return
+    image = await world.find("image", vm["image"]["id"])
+    machine = await world.machines.start(vm, planned, await world.ram.get(image["id"], Path(planned.ram.path)))
+    await machine.go_on_from(world.home.image(image["id"]) / image["files"]["devices"])
 
 
 async def kill(ctx: Context) -> None:
@@ -116,6 +138,8 @@ async def plan(ctx: Context, vm: Value) -> Plan:
         await update(world.store, f"vm/{vm['id']}", lambda v: v | {"identity": identity.model_dump(mode="json")})
     spec = VMSpec.model_validate(vm["spec"])
     folder = world.home.vm(vm["id"])
+    if vm["image"] and not vm["seed"] and not vm["going_on"]:
+        vm = await _seed_of_its_own(ctx, vm)
     if spec.firmware == "uefi" and not (folder / "nvram.fd").exists():
         assert host.firmware.uefi is not None
         staged = folder / "nvram.fd.new"
@@ -124,20 +148,47 @@ async def plan(ctx: Context, vm: Value) -> Plan:
         if identity.uid is not None:
             os.chown(staged, identity.uid, identity.uid)
         staged.replace(folder / "nvram.fd")
-    image = None
-    if vm["image"]:
-        document = await world.find("image", vm["image"]["id"])
-        image = Image.model_validate({key: document[key] for key in Image.model_fields if key in document})
-    return command(
-        spec,
-        identity,
-        host,
-        image,
-        str(world.home.image(image.id)) if image else "",
-        seed=vm["seed"],
+    image, fork = await boot_image(world, vm), await captured(world, vm)
+    files = Files(
+        chains=[await chain(world, vm["id"], layer) for layer in vm["disks"]],
+        kernel_dir=str(world.home.image(image.id)) if image else "",
+        seed=_seed(world, vm, fork),
         iso=vm["disc"],
         ignition=(folder / "ignition.json").exists(),
+        ram=str(world.home.image(fork["id"]) / fork["files"]["ram"]) if fork else "",
     )
+    return command(spec, identity, host, image, files, capturable=vm["capturable"])
+
+
+async def _seed_of_its_own(ctx: Context, vm: Value) -> Value:
+    """A fork that boots for the first time: its cloud-init must find what it became, not what it was copied from."""
+    image = await ctx.world.find("image", vm["image"]["id"])
+    if image["kind"] != "warm":
+        return vm
+    await write_first_boot(ctx, vm, image)
+    if (uid := vm["identity"]["uid"]) is not None:
+        os.chown(ctx.world.home.vm(vm["id"]) / "seed.iso", uid, uid)
+    return vm | {"seed": True}
+
+
+async def boot_image(world: World, vm: Value) -> Image | None:
+    """What the VM's kernel comes from, where it is booted directly: its image, or the one below a captured one."""
+    image = await world.find("image", vm["image"]["id"]) if vm["image"] else None
+    while image is not None and image.get("base"):
+        image = await world.find("image", image["base"])
+    return Image.model_validate({key: image[key] for key in Image.model_fields if key in image}) if image else None
+
+
+async def captured(world: World, vm: Value) -> Value | None:
+    """The image whose captured memory this start goes on from; None for a boot."""
+    return await world.find("image", vm["image"]["id"]) if vm["going_on"] else None
+
+
+def _seed(world: World, vm: Value, fork: Value | None) -> str:
+    if fork is None:
+        return "seed.iso" if vm["seed"] else ""
+    # The guest has read it already, and needs a device of the same size.
+    return str(world.home.image(fork["id"]) / fork["files"]["seed"]) if "seed" in fork["files"] else ""
 
 
 async def run(ctx: Context) -> None:
@@ -148,7 +199,11 @@ async def run(ctx: Context) -> None:
     machine = ctx.world.machines.get(vm["id"])
     if machine is None:
         raise ActionRefused(f"the QEMU of {vm['name']} ended before its guest ran", hint="see inn logs and qemu.log")
-    if machine.status.state == "starting":
+    # A captured guest counts as paused until it goes on; nobody else can have paused one that is still held.
+    first = ctx.kind == "vm-fork" and machine.status.state == "paused" and not machine.status.reason
+    if machine.status.state == "starting" or first:
+        if vm["going_on"]:  # from here on its memory and its disk are one with nothing else: never again from there
+            await update(ctx.world.store, f"vm/{vm['id']}", lambda v: v | {"going_on": False})
         await machine.run()
         target = {"kind": "vm", "id": vm["id"], "name": vm["name"]}
         accelerator = "KVM" if ctx.world.verdict.name == "kvm" else "software emulation"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from innkeeper.base.errors import NotFound, ToolMissing
 from innkeeper.base.home import Home
@@ -10,6 +10,7 @@ from innkeeper.host.accelerator import Verdict
 from innkeeper.host.facts import HostFacts, QemuFacts
 from innkeeper.host.gather import gather
 from innkeeper.machine.machines import Machines
+from innkeeper.qemu.ram import RamImages
 from innkeeper.store.contract import Store, Value
 from innkeeper.store.events import EventLog
 
@@ -24,6 +25,7 @@ class World:
     machines: Machines
     verdict: Verdict
     qemu: QemuFacts | None
+    ram: RamImages = field(default_factory=RamImages)
 
     async def host(self) -> HostFacts:
         """The facts, read now."""

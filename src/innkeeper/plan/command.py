@@ -7,53 +7,95 @@ folder, so no path appears in them. Golden tests in tests/golden pin the result,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
 from innkeeper.base.units import MIB
 from innkeeper.host.facts import HostFacts
 from innkeeper.plan import devices, pci
+from innkeeper.plan.chain import Chain
 from innkeeper.plan.identity import Identity
-from innkeeper.plan.options import Constants, Option, Plan
+from innkeeper.plan.options import Constants, Option, Plan, RamImage
 from innkeeper.spec.image import Image
 from innkeeper.spec.vm import VMSpec
 
+Memory = Literal["private", "captured", "going-on"]
+"""RAM of a VM: its own and private, shared on the file `ram` so that it can be captured, or captured before."""
+
+
+@dataclass(frozen=True)
+class Files:
+    """What a plan is given to boot from, besides the VM's own folder, where all relative names are."""
+
+    chains: Sequence[Chain]
+    kernel_dir: str = ""
+    """Where `image` lies, if it is a kernel, which is booted directly."""
+    seed: str = ""
+    """NoCloud seed; empty for none."""
+    iso: bool = False
+    """Boot the spec's disc once more."""
+    ignition: bool = False
+    """`ignition.json` is in the VM's folder."""
+    ram: str = ""
+    """Captured RAM to go on from; empty for a boot."""
+
 
 def command(
-    spec: VMSpec, identity: Identity, host: HostFacts, image: Image | None, image_dir: str, *, seed: bool, iso: bool,
-    ignition: bool,
-) -> Plan:  # fmt: skip
-    """The plan of one start. `seed`, `ignition`: such a file lies in the VM's folder. `iso`: boot the disc once more.
+    spec: VMSpec,
+    identity: Identity,
+    host: HostFacts,
+    image: Image | None,
+    files: Files,
+    *,
+    capturable: bool = False,
+) -> Plan:
+    """The plan of one start. `image` is what its kernel comes from, if it is one.
 
-    The image's folder is the only path outside the VM's own that QEMU reads by name.
+    `capturable`: its RAM can be captured, see `Memory`. Files that only the daemon may read go in as descriptors.
     """
     assert host.qemu is not None
+    memory: Memory = "going-on" if files.ram else "captured" if capturable else "private"
+    handed: list[str] = []
+
+    def hand(path: str) -> str:
+        handed.append(path)
+        return f"/dev/fdset/{len(handed)}"
+
+    chains = [
+        tuple(replace(layer, path=hand(layer.path)) if layer.handed else layer for layer in chain)
+        for chain in files.chains
+    ]
     options = [
-        *_machine(spec, identity, host),
+        *_machine(spec, identity, host, memory),
         *_control(),
         *devices.console(),
         *devices.channels(),
-        *devices.paravirtual(identity),
-        *devices.disks(spec, image, image_dir),
+        *devices.paravirtual(identity, reporting=memory == "private"),
+        *devices.disks(spec, chains),
     ]
-    fdsets: list[str] = []
-    if seed:
-        options += devices.seed()
-    if iso and spec.iso:
-        fdsets.append(spec.iso)
-        options += devices.iso(f"/dev/fdset/{len(fdsets)}")
+    if files.seed:
+        options += devices.seed(hand(files.seed) if files.seed.startswith("/") else files.seed)
+    if files.iso and spec.iso:
+        options += devices.iso(hand(spec.iso))
     options += devices.nics(spec, identity)
     options += pci.spare_ports()
-    if ignition:
+    if files.ignition:
         options.append(Option("-fw_cfg", Constants(keys={"name": "opt/com.coreos/config", "file": "ignition.json"})))
     if image is not None and image.kind == "kernel":
         options += [
-            Option("-kernel", f"{image_dir}/{image.files['kernel']}"),
-            Option("-initrd", f"{image_dir}/{image.files['initrd']}"),
+            Option("-kernel", f"{files.kernel_dir}/{image.files['kernel']}"),
+            Option("-initrd", f"{files.kernel_dir}/{image.files['initrd']}"),
             Option("-append", image.cmdline),
         ]
+    if memory == "going-on":
+        options.append(Option("-incoming", "defer"))
     groups = (host.kvm_group,) if host.kvm_group is not None and identity.accelerator == "kvm" else ()
-    return Plan(host.qemu.path, tuple(options), tuple(fdsets), identity.uid, groups)
+    ram = RamImage(files.ram, spec.memory) if files.ram else None
+    return Plan(host.qemu.path, tuple(options), tuple(handed), ram, identity.uid, groups)
 
 
-def _machine(spec: VMSpec, identity: Identity, host: HostFacts) -> list[Option]:
+def _machine(spec: VMSpec, identity: Identity, host: HostFacts, memory: Memory) -> list[Option]:
     machine: dict[str, str | int] = {
         "memory-backend": "ram",
         "dump-guest-core": "off",  # a core of QEMU must not hold the guest's secrets
@@ -83,13 +125,22 @@ def _machine(spec: VMSpec, identity: Identity, host: HostFacts) -> list[Option]:
         Option("-cpu", Constants(identity.cpu_model)),
         Option("-smp", Constants(keys={"cpus": spec.cpus, "sockets": 1, "cores": spec.cpus, "threads": 1})),
         Option("-m", Constants(keys={"size": f"{spec.memory // MIB}M"})),
-        # Private memory: KSM and huge pages work on it. A VM that is to be captured will have shared RAM on a file.
-        Option("-object", {"qom-type": "memory-backend-memfd", "id": "ram", "size": spec.memory, "share": False}),
+        *_ram(spec.memory, memory),
         Option("-rtc", Constants(keys={"base": "utc", "driftfix": "slew"})),
         Option("-boot", Constants(keys={"strict": "on"})),
         Option("-global", Constants(keys={"ICH9-LPC.disable_s3": 1})),
         Option("-display", "none"),
     ]
+
+
+def _ram(size: int, memory: Memory) -> list[Option]:
+    if memory == "going-on":
+        return []  # `RamImage.option`
+    if memory == "captured":
+        shared = {"size": size, "share": True, "mem-path": "ram"}
+        return [Option("-object", {"qom-type": "memory-backend-file", "id": "ram", **shared})]
+    # Private memory: KSM and huge pages work on it.
+    return [Option("-object", {"qom-type": "memory-backend-memfd", "id": "ram", "size": size, "share": False})]
 
 
 def _control() -> list[Option]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from innkeeper.plan import pci
+from innkeeper.plan.chain import Chain, Layer
 from innkeeper.plan.identity import Identity
 from innkeeper.plan.options import Constants, Json, Option
 from innkeeper.spec.disk import DiskSpec
-from innkeeper.spec.image import Image
 from innkeeper.spec.nic import NicSpec
 from innkeeper.spec.vm import VMSpec
 
@@ -45,65 +47,56 @@ def channels() -> list[Option]:
     ]
 
 
-def paravirtual(identity: Identity) -> list[Option]:
-    """Random numbers, a balloon that reports, «my kernel panicked», and «this is another life: reseed»."""
+def paravirtual(identity: Identity, *, reporting: bool) -> list[Option]:
+    """Random numbers, a balloon, «my kernel panicked», and «this is another life: reseed».
+
+    `reporting`: the guest reports its free pages, and QEMU gives them back. Not where the RAM is a file that others
+    start from: QEMU punches the reported pages out of that file (system/physmem.c, ram_block_discard_range).
+    """
     return [
         Option("-object", {"qom-type": "rng-random", "id": "entropy", "filename": "/dev/urandom"}),
         Option("-device", _fixed("virtio-rng-pci", "rng0", "rng") | {"rng": "entropy"}),
         Option(
             "-device",
-            _fixed("virtio-balloon-pci", "balloon0", "balloon") | {"free-page-reporting": True, "deflate-on-oom": True},
+            _fixed("virtio-balloon-pci", "balloon0", "balloon")
+            | {"free-page-reporting": reporting, "deflate-on-oom": True},
         ),
         Option("-device", _fixed("pvpanic-pci", "panic0", "panic")),
         Option("-device", {"driver": "vmgenid", "id": "genid", "guid": identity.vmgenid}),
     ]
 
 
-def disks(spec: VMSpec, image: Image | None, image_dir: str) -> list[Option]:
-    """All disks. The first is an overlay on the image's disk, with the whole chain written out: QEMU opens no file
-    because another file's header names it."""
+def disks(spec: VMSpec, chains: Sequence[Chain]) -> list[Option]:
+    """All disks, with their whole chains written out: QEMU opens no file because another file's header names it."""
     options = [Option("-object", {"qom-type": "iothread", "id": "io0"})]
     if any(disk.bus == "virtio-scsi" for disk in spec.disks):
         options.append(Option("-device", _fixed("virtio-scsi-pci", "scsi0", "scsi") | {"iothread": "io0"}))
-    for index, disk in enumerate(spec.disks):
-        backing = None
-        if index == 0 and image is not None and image.kind == "disk":
-            backing = f"{image_dir}/{image.files['disk']}"
-            options.append(_image("disk0-base", backing))
-        options.append(_volume(index, "disk0-base" if backing else None))
+    for index, (disk, chain) in enumerate(zip(spec.disks, chains, strict=True)):
+        below: str | None = None
+        for layer in chain[:-1]:
+            options.append(Option("-blockdev", volume(layer, below, read_only=True)))
+            below = layer.node
+        options.append(Option("-blockdev", volume(chain[-1], below, read_only=False)))
         if disk.bus == "virtio-blk" or index % 8 == 0:
             # Function 0 of a slot must be there for the others to be found.
             options.append(pci.disk_port(index))
-        options.append(_disk_device(index, disk))
+        options.append(_disk_device(index, disk, chain[-1].node))
     return options
 
 
-def _image(node: str, path: str) -> Option:
-    file = {"driver": "file", "filename": path, "read-only": True}
-    return Option(
-        "-blockdev",
-        {"driver": "qcow2", "node-name": node, "read-only": True, "discard": "unmap", "file": file, "backing": None},
-    )
+def volume(layer: Layer, below: str | None, *, read_only: bool) -> Json:
+    """A layer as a block node, standing on the node `below`."""
+    file: dict[str, object] = {"driver": "file", "filename": layer.path}
+    node: dict[str, object] = {"driver": "qcow2", "node-name": layer.node, "discard": "unmap", "backing": below}
+    if read_only:
+        return node | {"read-only": True, "file": file | {"read-only": True}}
+    return node | {"detect-zeroes": "unmap", "file": file | {"discard": "unmap", "aio": "threads"}}
 
 
-def _volume(index: int, backing: str | None) -> Option:
-    return Option(
-        "-blockdev",
-        {
-            "driver": "qcow2",
-            "node-name": f"disk{index}",
-            "discard": "unmap",
-            "detect-zeroes": "unmap",
-            "file": {"driver": "file", "filename": f"disk{index}.qcow2", "discard": "unmap", "aio": "threads"},
-            "backing": backing,
-        },
-    )
-
-
-def _disk_device(index: int, disk: DiskSpec) -> Option:
+def _disk_device(index: int, disk: DiskSpec, node: str) -> Option:
     # A full disk pauses the guest instead of corrupting its file system (DESIGN.md 5.7).
     common: Json = {
-        "id": f"virtio-disk{index}", "drive": f"disk{index}", "bootindex": index + 1,
+        "id": f"virtio-disk{index}", "drive": node, "bootindex": index + 1,
         "werror": "stop", "rerror": "stop",
     }  # fmt: skip
     named = {"serial": disk.serial} if disk.serial else {}
@@ -113,9 +106,9 @@ def _disk_device(index: int, disk: DiskSpec) -> Option:
     return Option("-device", {**port, **common, **named})
 
 
-def seed() -> list[Option]:
+def seed(path: str) -> list[Option]:
     """The NoCloud seed, as a virtio disk: Debian's cloud kernel has no driver for a CD drive."""
-    file = {"driver": "file", "filename": "seed.iso"}
+    file = {"driver": "file", "filename": path, "read-only": True}
     return [
         Option("-blockdev", {"driver": "raw", "node-name": "seed", "read-only": True, "file": file}),
         pci.seed_port(),

@@ -48,6 +48,20 @@ class Option:
 
 
 @dataclass(frozen=True)
+class RamImage:
+    """Captured RAM: the file that holds it, and its size in bytes. QEMU gets a descriptor of a sealed copy, mapped
+    privately: no guest, and no QEMU that a guest has taken over, can change what others start from."""
+
+    path: str
+    size: int
+
+    def option(self, fd: int) -> Option:
+        """The RAM of a QEMU that inherits the copy as `fd`."""
+        properties = {"size": self.size, "share": False, "mem-path": f"/proc/self/fd/{fd}"}
+        return Option("-object", {"qom-type": "memory-backend-file", "id": "ram", **properties})
+
+
+@dataclass(frozen=True)
 class Plan:
     """What exactly will run. No choice is left after it."""
 
@@ -56,6 +70,8 @@ class Plan:
     fdsets: tuple[str, ...] = ()
     """Paths of files that the daemon opens read-only and hands in as /dev/fdset/1, 2, …: files the VM's user may not
     open by itself, such as an ISO in somebody's home."""
+    ram: RamImage | None = None
+    """The guest's memory when it goes on from a captured one; the option for it is made when QEMU is spawned."""
     uid: int | None = None
     groups: tuple[int, ...] = ()
 

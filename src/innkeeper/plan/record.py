@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from innkeeper.plan.identity import Identity
@@ -14,14 +15,17 @@ def public_spec(spec: VMSpec) -> dict[str, Any]:
     return spec.model_copy(update={"first_boot": kept}).model_dump(mode="json")
 
 
-def vm_record(spec: VMSpec, identity: Identity, image: dict[str, Any] | None, stamp: str) -> dict[str, Any]:
-    """A new VM's document. `image` is {id, name} of what its first disk stands on."""
+def vm_record(
+    spec: VMSpec, identity: Identity, image: dict[str, Any] | None, layers: Sequence[str], stamp: str
+) -> dict[str, Any]:
+    """A new VM's document. `image` is {id, name} of what it was made from, `layers` the tops of its disks' chains."""
     return {
         "id": identity.id,
         "name": spec.name,
         "spec": public_spec(spec),
         "identity": identity.model_dump(mode="json"),
         "image": image,
+        "disks": list(layers),
         "created": stamp,
         "state": "creating",
         "reason": "",
@@ -29,5 +33,9 @@ def vm_record(spec: VMSpec, identity: Identity, image: dict[str, Any] | None, st
         "operation": None,
         "disc": bool(spec.iso),
         "seed": False,
+        "expires": None,
+        "forked": False,
+        "capturable": False,  # its RAM is shared on a file, so that it can be captured while it runs
+        "going_on": False,  # its first start goes on from the memory of its image; every later one boots
         "pending": False,  # a changed spec waits for the next start
     }

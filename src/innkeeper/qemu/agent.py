@@ -25,6 +25,7 @@ from typing import Any, Literal, TypeVar
 
 from qemu.qmp import ConnectError, ExecInterruptedError, ExecuteError, QMPClient, QMPError
 from qemu.qmp.message import Message
+from qemu.qmp.protocol import Runstate
 from qemu.qmp.qmp_client import BadReplyError
 
 from innkeeper.base.errors import AgentFailed, AgentUnavailable, InvalidInput
@@ -129,12 +130,8 @@ class Agent:
         """Connects and waits up to `timeout` seconds until the agent answers; it may come up meanwhile."""
         try:
             async with asyncio.timeout(timeout):
-                connection = await _connect(self.folder, self.name)
-                try:
-                    await self._channel.connect(connection)
-                except BaseException:
-                    connection.close()
-                    raise
+                if self._channel.runstate == Runstate.IDLE:
+                    await self.dial()
                 await self._sync()
         except TimeoutError as error:
             await self.close()
@@ -146,6 +143,20 @@ class Agent:
         except BaseException:
             await self.close()
             raise
+
+    async def dial(self) -> None:
+        """Only the host's half of `connect`, for a guest that does not run yet. Raises OSError, `ConnectError`."""
+        connection = await _connect(self.folder, self.name)
+        try:
+            await self._channel.connect(connection)
+        except BaseException:
+            connection.close()
+            raise
+
+    @property
+    def synced(self) -> bool:
+        """Questions may be asked."""
+        return self._channel.synced
 
     async def close(self) -> None:
         """Never raises for what the guest did: a connection that broke is closed as well."""

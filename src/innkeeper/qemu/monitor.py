@@ -65,6 +65,14 @@ class Monitor:
         except (QMPError, EOFError, OSError) as error:
             raise QmpFailed(f"QEMU is gone: {command} was not answered ({error})", command=command) from None
 
+    async def give(self, name: str, fd: int) -> None:
+        """Let QEMU have a copy of `fd` under a name, for the one command that uses it (`getfd`)."""
+        try:
+            self._client.send_fd_scm(fd)
+        except (QMPError, OSError) as error:
+            raise QmpFailed(f"QEMU did not take a descriptor: {error}") from None
+        await self.execute("getfd", {"fdname": name})
+
     async def events(self) -> AsyncIterator[dict[str, Any]]:
         """Events as QEMU sends them, until the connection ends."""
         gone = asyncio.ensure_future(self._gone())

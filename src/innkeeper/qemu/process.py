@@ -93,8 +93,9 @@ def _ending(code: int, status: int) -> str:
         return f"QEMU was killed by signal {status}"
 
 
-def spawn(plan: Plan, home: Home, vm_id: str) -> Process:
-    """Start QEMU as the plan says, in the VM's folder. Raises `QemuFailed`, `InvalidInput` for an unreadable ISO."""
+def spawn(plan: Plan, home: Home, vm_id: str, ram: int | None = None) -> Process:
+    """Start QEMU as the plan says, in the VM's folder. `ram` is the descriptor for `plan.ram`, which stays the
+    caller's. Raises `QemuFailed`, `InvalidInput` for an unreadable ISO."""
     cwd = home.vm(vm_id)
     environment = {
         "PATH": "/usr/sbin:/usr/bin:/sbin:/bin",
@@ -108,6 +109,9 @@ def spawn(plan: Plan, home: Home, vm_id: str) -> Process:
         for index, path in enumerate(plan.fdsets, start=1):
             opened.append(_open_regular(path))
             arguments += Option("-add-fd", f"fd={opened[-1]},set={index}").words()
+        if plan.ram is not None:
+            assert ram is not None
+            arguments += plan.ram.option(ram).words()
         with (cwd / LOG).open("ab") as log:
             child = subprocess.Popen(
                 arguments,
@@ -116,7 +120,7 @@ def spawn(plan: Plan, home: Home, vm_id: str) -> Process:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                pass_fds=opened,
+                pass_fds=opened if ram is None else [*opened, ram],
                 start_new_session=True,
                 umask=0o077,
                 **_privileges(plan),

@@ -28,6 +28,7 @@ from innkeeper.base.home import Home
 from innkeeper.machine.machines import Machines
 from innkeeper.machine.states import LIVE
 from innkeeper.operations.engine import Engine
+from innkeeper.operations.expiry import expire
 from innkeeper.operations.fault import Faults
 from innkeeper.operations.verbs import VERBS
 from innkeeper.operations.world import World
@@ -94,12 +95,14 @@ async def serve(home: Home) -> None:
         server = _server(context)
         stop = asyncio.ensure_future(_signalled())
         serving = asyncio.ensure_future(server.serve([listener]))
+        expiring = asyncio.ensure_future(expire(context.world, context.engine))
         _tell_systemd("READY=1")
         log.info("ready", socket=str(home.socket), accelerator=context.world.verdict.name)
         await asyncio.wait({stop, serving}, return_when=asyncio.FIRST_COMPLETED)
         _tell_systemd("STOPPING=1")
         server.should_exit = True
         await serving
+        expiring.cancel()
         await context.engine.stop()
         await context.world.machines.release()
         with suppress(OSError):

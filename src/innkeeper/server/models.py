@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
-from innkeeper.spec.quantity import Model, Name
+from innkeeper.spec.quantity import ImageName, Model, Name
 from innkeeper.spec.vm import VMSpec
 
 
@@ -96,7 +96,7 @@ class VersionView(Open):
 class ImageView(Open):
     id: str
     name: str
-    kind: Literal["disk", "kernel"]
+    kind: Literal["disk", "kernel", "warm"]
     virtual_size: int
     stored_size: int
 
@@ -122,6 +122,34 @@ class VMRequest(Model):
     wait: bool = Field(default=True, description="The operation ends when the guest is ready, not when it runs")
     force: bool = Field(default=False, description="Start even where the host has too little memory")
     timeout: float | None = Field(default=None, gt=0, le=86400, description="Seconds until the guest must be ready")
+
+
+class WarmRequest(Model):
+    """Boot an image, wait until its guest is ready, and capture it: a warm image, to fork."""
+
+    image: ImageName
+    name: ImageName | None = Field(default=None, description="The image's name and `-warm` by default")
+    spec: VMSpec = Field(description="What its forks will be; the name is that of the VM while it boots")
+    until: str | None = Field(
+        default=None, max_length=65536, description="Shell command in the guest that has to end well before"
+    )
+    refresh: bool = Field(default=False, description="Make it anew where there is one")
+    timeout: float | None = Field(default=None, gt=0, le=86400, description="Seconds until the guest must be ready")
+
+
+class ForkRequest(Model):
+    """Running copies of a warm image."""
+
+    image: ImageName = Field(description="A warm image, or one that has a warm image named after it")
+    names: list[Name] = Field(min_length=1, max_length=1000, description="One fork for each")
+    force: bool = Field(default=False, description="Also where the host has too little memory for all of them")
+    ttl: float | None = Field(default=None, gt=0, le=31536000, description="Seconds after which a fork is deleted")
+
+
+class ForkView(Model):
+    """The operations to follow, one for each name."""
+
+    operations: list[str]
 
 
 class ActionRequest(Model):

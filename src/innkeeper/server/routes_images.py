@@ -9,6 +9,7 @@ from fastapi.responses import JSONResponse
 
 from innkeeper.base.errors import InUse, NameTaken
 from innkeeper.operations.engine import busy
+from innkeeper.operations.image_make import users
 from innkeeper.server.context import Context, Ctx, accepted
 from innkeeper.server.models import ImageView, OperationView, RecipeView
 from innkeeper.spec.image import BuildRequest, ImportRequest, PullRequest
@@ -33,8 +34,7 @@ async def list_images(ctx: Ctx) -> Response:
 @router.get("/images/{image}", response_model=ImageView, summary="One image, and who stands on it")
 async def get_image(ctx: Ctx, image: ImageParam) -> Response:
     found = await ctx.world.find("image", image)
-    users = sorted(vm["name"] for vm in await ctx.world.vms() if (vm["image"] or {}).get("id") == found["id"])
-    return JSONResponse(_view(found) | {"users": users})
+    return JSONResponse(_view(found) | {"users": await users(ctx.world, found["id"])})
 
 
 def _view(image: Value) -> Value:
@@ -68,11 +68,8 @@ async def _make(ctx: Context, how: str, name: str, args: Value) -> Response:
 @router.delete("/images/{image}", response_model=OperationView, status_code=202, summary="Delete an image")
 async def delete_image(ctx: Ctx, image: ImageParam) -> Response:
     found = await ctx.world.find("image", image)
-    users = sorted(vm["name"] for vm in await ctx.world.vms() if (vm["image"] or {}).get("id") == found["id"])
-    if users:
-        raise InUse(
-            f"image {found['name']} is the base of {', '.join(users)}", hint="delete those VMs first", users=users
-        )
+    if on_it := await users(ctx.world, found["id"]):
+        raise InUse(f"image {found['name']} is the base of {', '.join(on_it)}", hint="delete those first", users=on_it)
     if found["operation"]:
         raise busy(f"image {found['name']}", found["operation"])
     target = {"kind": "image", "id": found["id"], "name": found["name"]}

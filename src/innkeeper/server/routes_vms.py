@@ -51,6 +51,10 @@ async def check(world: World, spec: VMSpec) -> None:
     if await world.store.get(f"name/vm/{spec.name}"):
         raise NameTaken(f"there is a VM named {spec.name!r} already", hint="choose another --name", name=spec.name)
     image = await world.find("image", spec.image) if spec.image else None
+    if image and image["kind"] == "warm":
+        raise InvalidInput(
+            f"image {image['name']} is warm: it is forked, not launched", hint=f"inn fork {image['name']}"
+        )
     boot = spec.first_boot
     if boot.user_data is not None:
         seed.validate("user-data", boot.user_data, "user-data")

@@ -68,7 +68,7 @@ class VMViews:
             "ready": running and (agent or not (image and image["agent"])),
             "agent": agent,
             "pending": vm["pending"],
-            "pid": machine.process.pid.number if machine else None,
+            "pid": machine.process.pid.number if machine and not machine.process.ended.done() else None,
             "address": "127.0.0.1" if ssh_port else None,
             "ssh_port": ssh_port,
             "forwards": [forward for nic in spec["nics"] for forward in nic["publish"]],
@@ -86,11 +86,14 @@ class VMViews:
 
     def _disks(self, vm: Value) -> list[Value]:
         folder = self._world.home.vm(vm["id"])
-        disks = []
-        for index, disk in enumerate(vm["spec"]["disks"]):
-            path = folder / f"disk{index}.qcow2"
-            disks.append({"name": f"disk{index}", "virtual_size": disk["size"], "stored_size": _stored(path)})
-        return disks
+        return [
+            {
+                "name": f"disk{index}",
+                "virtual_size": disk["size"],
+                "stored_size": sum(_stored(path) for path in folder.glob(f"disk{index}-*.qcow2")),
+            }
+            for index, disk in enumerate(vm["spec"]["disks"])
+        ]
 
 
 def user(vm: Value, image: Value | None) -> str:

@@ -37,13 +37,31 @@ class PullRequest(Model):
     format: ImportFormat | None = None
 
 
+class Warm(Model):
+    """What a captured guest was, and so what each of its forks has to be."""
+
+    image: str = Field(description="Name of the image that was booted")
+    spec: dict[str, Any] = Field(description="Its VM's spec, without secrets")
+    machine_type: str
+    accelerator: str
+    cpu_model: str
+    qemu: str = Field(description="Version of the QEMU that it ran in")
+    uuid: str
+    macs: tuple[str, ...]
+
+
 class Image(Model):
     """An image as it lies in the pool. Recorded once its bytes are whole and verified, never before."""
 
     id: str
     name: ImageName
-    kind: Literal["disk", "kernel"] = Field(description="disk: boots by its own loader; kernel: booted directly")
-    files: dict[str, str] = Field(description="Role (disk, kernel, initrd) → file name in the image's folder")
+    kind: Literal["disk", "kernel", "warm"] = Field(
+        description="disk: boots by its own loader; kernel: booted directly; warm: a running guest, to fork"
+    )
+    files: dict[str, str] = Field(
+        description="Role (disk, kernel, initrd; of a warm one disk, disk1, …, ram, devices, nvram, seed) → file name "
+        "in the image's folder"
+    )
     format: str = Field(description="Format of the disk file, recorded here and never probed again")
     cmdline: str = Field(default="", description="Kernel command line where kind is kernel")
     virtual_size: int = Field(description="Bytes the guest sees; 0 where there is no disk")
@@ -53,5 +71,7 @@ class Image(Model):
     agent: bool = Field(default=False, description="Carries the guest agent")
     min_memory: int = Field(default=0, description="Bytes of RAM below which it does not come up; 0 where unknown")
     cloud_init: bool = Field(default=False, description="Reads a NoCloud seed")
+    base: str | None = Field(default=None, description="Id of the image that a warm one stands on")
+    warm: Warm | None = None
     source: dict[str, Any] = Field(description="How it was made: recipe and inputs, or file or URL and digest")
     created: str

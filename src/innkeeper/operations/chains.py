@@ -1,0 +1,62 @@
+"""Where the layers of disks lie (`plan/chain.py`), as the store knows it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from innkeeper.base.errors import StoreFailed
+from innkeeper.operations.world import World
+from innkeeper.plan.chain import Chain, Layer, file_name, node_name
+from innkeeper.store.contract import Value
+
+
+async def chain(world: World, vm_id: str, layer_id: str) -> Chain:
+    """The disk whose top is this layer, as a QEMU of `vm_id` opens it. Raises `NotFound` for a layer that is gone."""
+    found: list[Layer] = []
+    seen: set[str] = set()
+    below: str | None = layer_id
+    layer: Value = {}
+    while below is not None:
+        if below in seen:
+            raise StoreFailed(f"layer {below} stands on itself")
+        seen.add(below)
+        layer = await world.find("layer", below)
+        found.append(Layer(node_name(layer), _path(world, vm_id, layer), handed=layer["vm"] != vm_id))
+        below = layer["parent"]
+    if layer["image"]:
+        found += await _image_layers(world, layer["image"], layer["disk"])
+    return tuple(reversed(found))
+
+
+def _path(world: World, vm_id: str, layer: Value) -> str:
+    name = file_name(layer)
+    return name if layer["vm"] == vm_id else str(world.home.vm(layer["vm"]) / name)
+
+
+async def _image_layers(world: World, image_id: str, disk: int) -> list[Layer]:
+    """Top first: the image's own file, and those of the images that it stands on."""
+    found: list[Layer] = []
+    above: str | None = image_id
+    while above is not None:
+        image = await world.find("image", above)
+        role = role_of(disk)
+        if role in image["files"]:
+            path = world.home.image(image["id"]) / image["files"][role]
+            found.append(Layer(f"disk{disk}-image-{len(found)}", str(path), handed=image["kind"] == "warm"))
+        above = image.get("base")
+    return found
+
+
+def role_of(disk: int) -> str:
+    """The role under which an image has the base of a VM's disk."""
+    return "disk" if disk == 0 else f"disk{disk}"
+
+
+async def own_layers(world: World, vm_id: str) -> list[Value]:
+    """All layers in the folder of a VM."""
+    return [d.value for d in await world.store.list("layer/") if d.value["vm"] == vm_id]
+
+
+def layer_path(world: World, layer: Value) -> Path:
+    """Where a layer's file lies on the host."""
+    return world.home.vm(layer["vm"]) / file_name(layer)

@@ -1,0 +1,84 @@
+"""Fork a warm image: a running copy of a captured guest, which is a machine of its own before anyone can talk to it."""
+
+from __future__ import annotations
+
+import secrets
+import time
+
+from innkeeper.base.errors import ActionRefused, AgentFailed, AgentUnavailable, Unsupported
+from innkeeper.operations import vm_create, vm_start
+from innkeeper.operations.engine import Context, Step, Verb
+from innkeeper.operations.world import World
+from innkeeper.plan.rebirth import Rebirth, script
+from innkeeper.plan.seed import HostKey
+from innkeeper.qemu.agent_exec import capture
+from innkeeper.store.contract import Value
+
+SUFFIX = "-warm"
+"""A warm image is named after what it was made of."""
+ALLOWED = 60.0
+"""Seconds that the guest gets to become itself."""
+
+
+async def identify(ctx: Context) -> None:
+    """Have the guest's agent change what it copied. A fork that stays somebody else is not let live."""
+    world = ctx.world
+    vm = await world.find("vm", ctx.data["vm"])
+    image = await world.find("image", vm["image"]["id"])
+    target = {"kind": "vm", "id": vm["id"], "name": vm["name"]}
+    if not image["agent"]:
+        text = (
+            f"{vm['name']} has no agent: hostname, machine-id, SSH host keys and MAC are still those of {image['name']}"
+        )
+        await world.events.append("vm.same-identity", text, target=target, level="warning")
+        ctx.result["warnings"] = [text]
+        return
+    machine = world.machines.get(vm["id"])
+    if machine is None:
+        raise ActionRefused(f"{vm['name']} ended before it was itself", hint="see its qemu.log")
+    secret = await world.store.get(f"secret/vm/{vm['id']}")
+    assert secret is not None
+    who = Rebirth(
+        name=vm["name"],
+        machine_id=secrets.token_hex(16),
+        host_key=HostKey(**secret.value["host_key"]),
+        nics=list(zip(image["warm"]["macs"], vm["identity"]["macs"], strict=True)),
+        seed=secrets.token_bytes(256),
+        seconds=time.time(),
+    )
+    try:
+        async with machine.agent() as agent:
+            ended, _, complaints = await capture(agent, ["/bin/sh", "-s"], stdin=script(who).encode(), timeout=ALLOWED)
+    except (AgentUnavailable, AgentFailed) as error:
+        raise AgentFailed(f"{vm['name']} could not be made a machine of its own: {error.detail}") from None
+    if ended.status != 0 or complaints:
+        said = complaints.decode(errors="replace").strip()[:1000]
+        raise AgentFailed(f"{vm['name']} could not be made a machine of its own: {said or f'status {ended.status}'}")
+
+
+async def find_warm(world: World, name: str) -> Value:
+    """The warm image of this name, or the one that was made of the image of this name. Raises `NotFound`,
+    `Unsupported` for one that this host cannot go on from."""
+    image = await world.find("image", name)
+    if image["kind"] != "warm":
+        pointer = await world.store.get(f"name/image/{name}{SUFFIX}")
+        if pointer is None or pointer.value.get("pending"):
+            raise ActionRefused(f"image {name} is not warm", hint=f"inn template warm {name} makes a warm one of it")
+        image = await world.find("image", pointer.value["id"])
+    warm, host = image["warm"], await world.host_with_qemu()
+    assert host.qemu is not None
+    for what, its, ours, fits in (
+        ("accelerator", warm["accelerator"], host.accelerator.name, warm["accelerator"] == host.accelerator.name),
+        ("CPU model", warm["cpu_model"], host.accelerator.cpu_model, warm["cpu_model"] == host.accelerator.cpu_model),
+        ("machine type", warm["machine_type"], host.qemu.machine, warm["machine_type"] in host.qemu.machines),
+    ):
+        if not fits:
+            raise Unsupported(
+                f"{image['name']} was captured with {what} {its}, and this host has {ours}",
+                hint=f"inn template warm {warm['image']} --refresh makes it anew",
+            )
+    return image
+
+
+STEPS = (*vm_create.STEPS, *vm_start.STEPS, Step("identify", identify))
+VERB = Verb("vm-fork", STEPS)

@@ -1,0 +1,86 @@
+"""Captured RAM, as QEMU gets it: a sealed copy in memory of the file on disk.
+
+Forks map the copy privately, so they share every page that none of them has written. It is a memfd with all seals
+(memfd_create(2), fcntl(2) «File Sealing»): QEMU 7.2 opens a RAM file for writing even where it maps it privately, and
+punches holes into it for a balloon (softmmu/physmem.c, ram_block_discard_range), so a file that others start from must
+be one that nobody can change. The file on disk outlives the host's reboot; the copy is made at the first fork.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import fcntl
+import os
+from pathlib import Path
+
+from innkeeper.base.errors import NotFound
+
+_SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
+
+
+class RamImages:
+    """The copies there are, by image id."""
+
+    def __init__(self) -> None:
+        self._copies: dict[str, asyncio.Task[int]] = {}
+
+    async def get(self, image_id: str, path: Path) -> int:
+        """A descriptor of the copy; it stays ours. Raises `NotFound` when the file is gone."""
+        if image_id not in self._copies:
+            self._copies[image_id] = asyncio.create_task(asyncio.to_thread(_copy, path))
+        task = self._copies[image_id]
+        try:
+            return await asyncio.shield(task)
+        except OSError as error:
+            self._copies.pop(image_id, None)
+            raise NotFound(f"{path} cannot be read: {error.strerror}") from None
+
+    def drop(self, image_id: str) -> None:
+        """Let go of a copy; forks that run keep theirs."""
+        task = self._copies.pop(image_id, None)
+        if task is not None and task.done() and not task.cancelled() and task.exception() is None:
+            os.close(task.result())
+
+    def close(self) -> None:
+        """Let go of all."""
+        for image_id in list(self._copies):
+            self.drop(image_id)
+
+
+def _copy(path: Path) -> int:
+    source = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        target = os.memfd_create("innkeeper-ram", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            size = os.fstat(source).st_size
+            os.ftruncate(target, size)
+            for begin, end in extents(source, size):
+                while begin < end:
+                    begin += os.sendfile(target, source, _at(target, begin), min(end - begin, 1 << 26))
+            fcntl.fcntl(target, fcntl.F_ADD_SEALS, _SEALS)
+            return target
+        except BaseException:
+            os.close(target)
+            raise
+    finally:
+        os.close(source)
+
+
+def _at(target: int, offset: int) -> int:
+    return os.lseek(target, offset, os.SEEK_SET)
+
+
+def extents(fd: int, size: int) -> list[tuple[int, int]]:
+    """(begin, end) of the parts of a sparse file that hold data (lseek(2), SEEK_DATA)."""
+    found, at = [], 0
+    while at < size:
+        try:
+            begin = os.lseek(fd, at, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno == errno.ENXIO:
+                break
+            raise
+        at = os.lseek(fd, begin, os.SEEK_HOLE)
+        found.append((begin, at))
+    return found
