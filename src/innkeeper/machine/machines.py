@@ -58,16 +58,26 @@ class Machines:
         Raises `QemuFailed` with what QEMU wrote to stderr.
         """
         vm_id, folder = vm["id"], self._home.vm(vm["id"])
-        await self.discard(vm_id)
+        if vm_id in self._live:  # one that no record knows has been ended by `adopt`
+            await self.discard(vm_id)
         (folder / LOG).unlink(missing_ok=True)
         process = spawn(plan, self._home, vm_id, ram)
         machine = self._new(vm_id, vm["name"], process)
         try:
             pid = process.pid
             live = {"pid": pid.number, "started": pid.started, "argv": plan.argv(), "since": now()}
-            await self._store.transact({f"live/{vm_id}": live})
-            await machine.attach(vm["identity"]["uuid"], disc=vm["disc"])
-            if unconfined := await cgroup.place(self._home, vm_id, pid.number):
+            beside = asyncio.gather(
+                cgroup.place(self._home, vm_id, pid.number),
+                self._store.transact({f"live/{vm_id}": live}),
+                return_exceptions=True,
+            )
+            try:
+                await machine.attach(vm["identity"]["uuid"], disc=vm["disc"])
+            finally:
+                unconfined, recorded = await beside
+            if isinstance(unconfined, BaseException) or isinstance(recorded, BaseException):
+                raise recorded if isinstance(recorded, BaseException) else unconfined  # type: ignore[misc]
+            if unconfined:
                 log.warning("a VM has no cgroup of its own", vm=vm["name"], reason=unconfined)
         except BaseException as error:
             words = last_words(folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from time import monotonic
 
 from innkeeper.base.errors import NotFound, ToolMissing
 from innkeeper.base.home import Home
@@ -13,6 +14,8 @@ from innkeeper.machine.machines import Machines
 from innkeeper.qemu.ram import RamImages
 from innkeeper.store.contract import Store, Value
 from innkeeper.store.events import EventLog
+
+FRESH = 0.2
 
 
 @dataclass
@@ -26,10 +29,15 @@ class World:
     verdict: Verdict
     qemu: QemuFacts | None
     ram: RamImages = field(default_factory=RamImages)
+    _host: tuple[float, HostFacts | None] = (0.0, None)
 
     async def host(self) -> HostFacts:
-        """The facts, read now."""
-        return await gather(self.home, self.verdict, self.qemu)
+        """The facts, `FRESH` seconds old at most: an operation asks several times."""
+        read, facts = self._host
+        if facts is None or monotonic() - read > FRESH:
+            facts = await gather(self.home, self.verdict, self.qemu)
+            self._host = (monotonic(), facts)
+        return facts
 
     async def host_with_qemu(self) -> HostFacts:
         """The same; `ToolMissing` where there is no QEMU."""

@@ -1,0 +1,139 @@
+"""Forks of a warm guest: they go on where it was, share nothing that they write, and are machines of their own."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import running_daemon
+
+from innkeeper.client.errors import ApiError
+from innkeeper.client.wishes import vm_spec
+
+pytestmark = pytest.mark.guest
+
+
+@pytest.fixture(scope="module")
+def warm():
+    """A daemon with a warm tiny, whose guest had made a file in its memory before it was captured."""
+    with running_daemon("tiny") as daemon:
+        spec = vm_spec("warming", "tiny", memory="256M", disk="1G", cpus=1)
+        daemon.inn.warm("tiny", spec, until="echo before >/tmp/warmed").wait()
+        yield daemon
+
+
+def sh(vm, script: str) -> str:
+    result = vm.exec(["sh", "-c", script])
+    assert result.status == 0, result
+    return result.stdout.decode().strip()
+
+
+IDENTITY = {
+    "hostname": "cat /proc/sys/kernel/hostname",
+    "mac": "cat /sys/class/net/eth0/address",
+    "random": "head -c 16 /dev/urandom | od -An -tx1",
+    "kernel's random": "cat /proc/sys/kernel/random/uuid",
+}
+
+
+def test_forks_go_on_and_are_machines_of_their_own(warm):
+    names = [f"one-of-{number}" for number in range(4)]
+    for operation in warm.inn.forks("tiny", names):
+        operation.wait()
+    forks = [warm.inn.vm(name) for name in names]
+    try:
+        assert [sh(vm, "cat /tmp/warmed") for vm in forks] == ["before"] * 4
+        for what, script in IDENTITY.items():
+            assert len({sh(vm, script) for vm in forks}) == 4, what
+        assert [sh(vm, IDENTITY["hostname"]) for vm in forks] == names
+        for vm in forks:
+            info = vm.info
+            assert [sh(vm, IDENTITY["mac"])] == info["machine"]["macs"]
+            assert abs(int(sh(vm, "date +%s")) - time.time()) < 30
+        for key in ("uuid", "macs"):
+            assert len({str(vm.info["machine"][key]) for vm in forks}) == 4
+        assert len({vm.info["ssh_port"] for vm in forks}) == 4
+
+        sh(forks[0], "mke2fs -q /dev/vda && echo mine >/tmp/warmed && dd if=/dev/zero of=/tmp/100M bs=1M count=60")
+        assert [sh(vm, "cat /tmp/warmed; head -c 4096 /dev/vda | tr -d '\\0' | wc -c") for vm in forks[1:]] == [
+            "before\n0"
+        ] * 3
+    finally:
+        for vm in forks:
+            vm.delete(force=True)
+
+
+def test_forks_outlive_the_daemon_and_boot_after_a_stop(warm):
+    with warm.inn.fork("tiny-warm", name="stays") as vm:
+        pid = vm.info["pid"]
+        warm.kill()
+        warm.start()
+        assert vm.info["pid"] == pid and sh(vm, "cat /tmp/warmed; hostname") == "before\nstays"
+        sh(vm, "mke2fs -q /dev/vda && mkdir -p /mnt && mount /dev/vda /mnt && echo kept >/mnt/file && umount /mnt")
+        vm.restart(force=True)
+        deadline = time.monotonic() + 60
+        while not vm.info["agent"]:
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        assert sh(vm, "test ! -e /tmp/warmed; mkdir -p /mnt && mount /dev/vda /mnt && cat /mnt/file") == "kept"
+        with warm.inn.fork("tiny-warm") as other:  # the daemon that came back copies the memory again
+            assert sh(other, "cat /tmp/warmed") == "before"
+
+
+def inn(daemon, *words: str) -> subprocess.CompletedProcess[str]:
+    program = [sys.executable, "-c", "import sys; from innkeeper.cli.main import main; sys.exit(main())", *words]
+    environment = {"INNKEEPER_HOME": str(daemon.home.data), "PATH": "/usr/bin:/bin", "HOME": str(daemon.home.data)}
+    return subprocess.run(program, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def test_a_command_in_a_fork_that_is_thrown_away(warm):
+    done = inn(warm, "fork", "tiny", "--rm", "--", "sh", "-c", "echo $((6*7)); exit 7")
+    assert (done.stdout, done.returncode) == ("42\n", 7)
+    assert not warm.inn.vms() and not warm.qemus()
+    assert not [path.name for path in warm.home.vms.iterdir()]
+
+
+def test_a_pool_keeps_some_ahead(warm):
+    with warm.inn.pool("tiny-warm", ready=2) as pool, pool.take() as vm:
+        assert sh(vm, "cat /tmp/warmed") == "before"
+    assert not warm.inn.vms()
+
+
+def test_a_fork_whose_time_is_over_is_deleted(warm):
+    warm.inn.fork("tiny-warm", name="mayfly", ttl=1)
+    deadline = time.monotonic() + 30
+    while warm.inn.vms():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    assert "vm.expired" in [event["kind"] for event in warm.inn.events()]
+
+
+def test_what_a_warm_image_is_not_for(warm):
+    with pytest.raises(ApiError, match="it is forked, not launched"):
+        warm.inn.launch("tiny-warm", name="nobody")
+    with pytest.raises(ApiError, match="is the base of tiny-warm"):
+        warm.inn.image_delete("tiny").wait()
+    with pytest.raises(ApiError, match="is warm itself"):
+        warm.inn.warm("tiny-warm", vm_spec("x", "tiny-warm"))
+    with pytest.raises(ApiError, match="there is an image named 'tiny-warm' already"):
+        warm.inn.warm("tiny", vm_spec("x", "tiny"))
+    with pytest.raises(ApiError, match="named twice"):
+        warm.inn.forks("tiny", ["a", "a"])
+
+
+def test_no_fork_of_an_image_that_is_not_warm(warm, tmp_path):
+    disk = tmp_path / "disk.raw"
+    disk.write_bytes(bytes(1 << 20))
+    warm.inn.image_import(disk, name="cold", format="raw").wait()
+    with pytest.raises(ApiError, match="cold is not warm") as refused:
+        warm.inn.forks("cold", ["nobody"])
+    assert "inn template warm cold" in refused.value.hint
+    warm.inn.image_delete("cold").wait()
+
+
+def test_nothing_of_the_captured_memory_is_readable_by_others(warm):
+    (image,) = [image for image in warm.inn.images() if image["name"] == "tiny-warm"]
+    folder: Path = warm.home.image(image["id"])
+    assert folder.stat().st_mode & 0o077 == 0
+    assert all(path.stat().st_mode & 0o077 == 0 for path in folder.iterdir())
