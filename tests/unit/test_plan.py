@@ -319,6 +319,12 @@ def test_a_changed_accelerator_changes_the_cpu_model_and_nothing_else():
     assert isinstance(kvm.accelerator, Verdict)
 
 
+def test_a_cpu_model_may_lack_something():
+    case = BY_NAME["default"]
+    argv = case.plan(identity=case.identity().model_copy(update={"cpu_model": "Westmere-v1,cx16=off"})).argv()
+    assert argv[argv.index("-cpu") + 1] == "Westmere-v1,cx16=off"
+
+
 # --- what is stored ---
 
 

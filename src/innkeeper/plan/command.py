@@ -122,7 +122,7 @@ def _machine(spec: VMSpec, identity: Identity, host: HostFacts, memory: Memory) 
         *firmware,
         Option("-machine", Constants(identity.machine_type, machine)),
         Option("-accel", Constants(identity.accelerator, accelerator)),
-        Option("-cpu", Constants(identity.cpu_model)),
+        Option("-cpu", _cpu(identity.cpu_model)),
         Option("-smp", Constants(keys={"cpus": spec.cpus, "sockets": 1, "cores": spec.cpus, "threads": 1})),
         Option("-m", Constants(keys={"size": f"{spec.memory // MIB}M"})),
         *_ram(spec.memory, memory),
@@ -131,6 +131,12 @@ def _machine(spec: VMSpec, identity: Identity, host: HostFacts, memory: Memory) 
         Option("-global", Constants(keys={"ICH9-LPC.disable_s3": 1})),
         Option("-display", "none"),
     ]
+
+
+def _cpu(model: str) -> Constants:
+    """`Westmere-v1,cx16=off` → the model and its properties."""
+    name, *properties = model.split(",")
+    return Constants(name, dict(each.split("=", 1) for each in properties))
 
 
 def _ram(size: int, memory: Memory) -> list[Option]:

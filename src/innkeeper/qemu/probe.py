@@ -111,7 +111,7 @@ async def _judge(qemu: QemuFacts | None, device: kvm.KvmDevice) -> tuple[Literal
         return "tcg", "QEMU is not installed", "`apt install qemu-system-x86`", "qemu64"
     software = "guests run in software emulation"
     if device.problem:
-        return "tcg", f"{device.problem}; {software}", device.hint, qemu.tcg_cpu
+        return "tcg", f"{device.problem}; {software}", device.hint, await _tcg_model(qemu)
     uid = errand_uid()
     account: Account | None = (uid, (device.group,) if device.group else ()) if uid else None
     reasons: list[str] = []
@@ -130,7 +130,7 @@ async def _judge(qemu: QemuFacts | None, device: kvm.KvmDevice) -> tuple[Literal
                 "tcg",
                 f"KVM works, but {kvm.DEVICE} is for root only, and guests do not run as root; {software}",
                 f"`chgrp kvm {kvm.DEVICE} && chmod 660 {kvm.DEVICE}` (udev does so where it runs)",
-                qemu.tcg_cpu,
+                await _tcg_model(qemu),
             )
         if outcome.works:
             but = f" with CPU model {cpu_model} (with `host`, {reasons[0]})" if reasons else ""
@@ -143,7 +143,18 @@ async def _judge(qemu: QemuFacts | None, device: kvm.KvmDevice) -> tuple[Literal
         if "hypervisor" in cpu_flags()
         else "`dmesg | grep -i kvm` may say why; a newer kernel or firmware may help"
     )
-    return "tcg", f"{kvm.DEVICE} opens, but {reasons[-1]}; {software}", hint, qemu.tcg_cpu
+    return "tcg", f"{kvm.DEVICE} opens, but {reasons[-1]}; {software}", hint, await _tcg_model(qemu)
+
+
+async def _tcg_model(qemu: QemuFacts) -> str:
+    """The CPU model for guests in software emulation: without CMPXCHG16B where this QEMU would have guests die of it
+    (flags.S). It then lacks one instruction of x86-64-v2."""
+    outcome = await run_guest(qemu, "tcg", qemu.tcg_cpu, code=_rom("flags.bin"))
+    return qemu.tcg_cpu if outcome.works else f"{qemu.tcg_cpu},cx16=off"
+
+
+def _rom(name: str) -> bytes:
+    return (Path(__file__).parent / name).read_bytes()
 
 
 async def run_guest(
@@ -162,7 +173,7 @@ async def run_guest(
     opened /dev/kvm, before the guest runs. `code` is the end of the 64 KiB ROM, probe.bin by
     default. The ROM is in memory: no file is left behind, whatever happens.
     """
-    code = (Path(__file__).parent / "probe.bin").read_bytes() if code is None else code
+    code = _rom("probe.bin") if code is None else code
     rom = os.memfd_create("probe-rom")
     try:
         os.write(rom, bytes(ROM_SIZE - len(code)) + code)
