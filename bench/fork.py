@@ -1,0 +1,143 @@
+"""Forking a warm guest: Innkeeper, from the API call to a guest whose agent has answered, and the floor: a script that
+does only what QEMU needs (spawn, load the devices, cont) and pings the agent. In turn, in one run.
+
+    .venv/bin/python bench/fork.py [RUNS] [IMAGE[:MEMORY]…]      by default tiny:256M
+
+Ours includes what the floor leaves out: name, ports and journal, an overlay, confinement, and a guest that has become a
+machine of its own (hostname, machine-id, keys, MAC, random pool, clock) before anyone can talk to it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from common import median, running_daemon, say
+
+RUNS = int(sys.argv[1]) if len(sys.argv) > 1 else 10
+IMAGES = sys.argv[2:] or ["tiny:256M"]
+
+
+class Talk:
+    """JSON lines over a UNIX socket."""
+
+    def __init__(self, path: Path) -> None:
+        self._socket = socket.socket(socket.AF_UNIX)
+        while True:
+            try:
+                self._socket.connect(str(path))
+                break
+            except OSError:
+                time.sleep(0.001)
+        self._lines = self._socket.makefile("rb")
+
+    def send(self, command: str, arguments: dict | None = None, fd: int | None = None) -> None:
+        text = json.dumps({"execute": command} | ({"arguments": arguments} if arguments else {})).encode() + b"\n"
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("i", fd))] if fd is not None else []
+        self._socket.sendmsg([text], rights)
+
+    def answer(self) -> object:
+        while True:
+            line = json.loads(self._lines.readline().rpartition(b"\xff")[2])
+            if "error" in line:
+                raise SystemExit(f"QEMU refused: {line}")
+            if "return" in line:
+                return line["return"]
+
+    def call(self, command: str, arguments: dict | None = None, fd: int | None = None) -> object:
+        self.send(command, arguments, fd)
+        return self.answer()
+
+
+def floor(argv: list[str], image: Path, disk: Path | None) -> float:
+    """Seconds from spawn to the agent's answer, of the same machine by hand."""
+    folder = Path(tempfile.mkdtemp(prefix="inn-bench-"))
+    words: list[str] = []
+    skip = False
+    for word in argv:
+        if skip:
+            skip = False
+            continue
+        if word == "-add-fd":
+            skip = True
+            continue
+        words.append(re.sub(r"/proc/self/fd/\d+", str(image / "ram"), word))
+    text = "\0".join(words)
+    if disk is not None:
+        text = text.replace("/dev/fdset/1", str(image / "disk.qcow2")).replace("/dev/fdset/2", str(image / "seed.iso"))
+        (name,) = set(re.findall(r"disk0-[0-9a-f]{12}\.qcow2", text))
+        shutil.copyfile(disk, folder / name)
+    text = re.sub(r"tcp:127\.0\.0\.1:\d+-:22", "tcp:127.0.0.1:0-:22", text)
+    begun = time.perf_counter()
+    process = subprocess.Popen(text.split("\0"), cwd=folder, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    try:
+        qmp = Talk(folder / "qmp.sock")
+        qmp.call("qmp_capabilities")
+        agent = Talk(folder / "agent.sock")
+        agent._socket.sendall(b"\xff")
+        number = 4711
+        agent.send("guest-sync", {"id": number})
+        wanted = [{"capability": "x-ignore-shared", "state": True}]
+        qmp.call("migrate-set-capabilities", {"capabilities": wanted})
+        state = os.open(image / "devices", os.O_RDONLY)
+        qmp.call("getfd", {"fdname": "state"}, state)
+        os.close(state)
+        qmp.call("migrate-incoming", {"uri": "fd:state"})
+        while qmp.call("query-migrate").get("status") != "completed":  # type: ignore[attr-defined]
+            time.sleep(0.002)
+        qmp.call("cont")
+        while agent.answer() != number:
+            pass
+        agent.call("guest-ping")
+        return time.perf_counter() - begun
+    finally:
+        process.kill()
+        process.wait()
+        shutil.rmtree(folder)
+
+
+def main() -> None:
+    names = [each.partition(":")[0] for each in IMAGES]
+    with running_daemon(*dict.fromkeys(names)) as daemon:
+        print(f"accelerator: {daemon.inn.host()['accelerator']['name']}")
+        for name, memory in (each.partition(":")[::2] for each in IMAGES):
+            compare(daemon, name, memory or "256M")
+
+
+def compare(daemon, name: str, memory: str) -> None:
+    from innkeeper.client.wishes import vm_spec
+
+    warm = f"{name}-{memory.lower()}"
+    spec = vm_spec("warming", name, memory=memory, disk="20G", cpus=2)
+    begun = time.perf_counter()
+    daemon.inn.warm(name, spec, name=warm).wait()
+    print(f"{warm}: booted and captured in {time.perf_counter() - begun:.1f} s")
+    folder = daemon.home.image(daemon.inn.image(warm)["id"])
+    with daemon.inn.fork(warm) as pattern:
+        argv = Path(f"/proc/{pattern.info['pid']}/cmdline").read_text().rstrip("\0").split("\0")
+        kept = Path(tempfile.mkdtemp(prefix="inn-bench-")) / "overlay"
+        with daemon.inn.fork(warm) as fresh:
+            (fresh_disk,) = daemon.home.vm(fresh.info["id"]).glob("disk0-*")
+            shutil.copyfile(fresh_disk, kept)
+    ours, bare = [], []
+    for _ in range(RUNS):
+        begun = time.perf_counter()
+        vm = daemon.inn.fork(warm)  # its agent has answered then
+        ours.append(time.perf_counter() - begun)
+        vm.delete(force=True)
+        bare.append(floor(argv, folder, kept))
+    shutil.rmtree(kept.parent)
+    milliseconds = [f"{median(values) * 1000:.0f} ms" for values in (ours, bare)]
+    say(f"fork of {warm}", *milliseconds, median(ours) / median(bare), "1.3")
+
+
+main()
