@@ -41,11 +41,12 @@ def wishes(chance: random.Random):
             ("vm-create", lambda inn: inn.create(spec(name, image=image), start=False)),
             ("vm-launch", lambda inn: inn.create(spec(name, image=image), ready=False)),
             *((f"vm-{action}", lambda inn, a=action: inn.vm(name).act(a)) for action in ("start", "pause", "resume")),
+            ("vm-delete", lambda inn: inn.vm(name).act("delete", force=force)),
+            # No guest is here that would shut down when asked.
             *(
-                (f"vm-{action}", lambda inn, a=action: inn.vm(name).act(a, force=force))
-                for action in ("restart", "delete")
+                (f"vm-{action}", lambda inn, a=action: inn.vm(name).act(a, force=True))
+                for action in ("restart", "stop")
             ),
-            ("vm-stop", lambda inn: inn.vm(name).act("stop", force=True)),
             ("vm-update", update),
             ("image-import", lambda inn: inn.image_import(disk_image(), name="base", format="raw")),
             ("image-build", lambda inn: inn.image_build("tiny", name="base", replace=True)),

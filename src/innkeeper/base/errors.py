@@ -171,6 +171,13 @@ class QmpFailed(InnkeeperError):
     status = 500
 
 
+class QemuGone(QmpFailed):
+    """A VM's QEMU is ending in this moment, or does not answer at present."""
+
+    status = 409
+    default_hint = "inn info shows the VM's state a moment later"
+
+
 class AgentUnavailable(InnkeeperError):
     """The guest agent does not answer."""
 

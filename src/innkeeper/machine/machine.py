@@ -12,7 +12,7 @@ from typing import Any
 import structlog
 
 from innkeeper.base.clock import now
-from innkeeper.base.errors import AgentUnavailable, NotFound, QmpFailed, StoreFailed
+from innkeeper.base.errors import AgentUnavailable, NotFound, QemuGone, QmpFailed, StoreFailed
 from innkeeper.base.home import Home
 from innkeeper.machine.reaction import NO_SPACE, Reaction, Status, react
 from innkeeper.qemu import cgroup, migration
@@ -70,9 +70,9 @@ class Machine:
 
     @property
     def monitor(self) -> Monitor:
-        """The QMP connection; `QmpFailed` when there is none."""
+        """The QMP connection; `QemuGone` when there is none."""
         if self._monitor is None:
-            raise QmpFailed(f"{self.name} has no QMP connection")
+            raise QemuGone(f"the QEMU of {self.name} has ended or does not answer")
         return self._monitor
 
     # --- beginning ---

@@ -12,7 +12,7 @@ from typing import Any
 from qemu.qmp import EventListener, ExecuteError, QMPClient, QMPError
 from qemu.qmp.protocol import Runstate
 
-from innkeeper.base.errors import QmpFailed
+from innkeeper.base.errors import QemuGone, QmpFailed
 
 CONNECT_POLL = 0.002
 """Seconds between two looks for the socket of a QEMU that is just starting (it takes about 40 ms to appear)."""
@@ -54,7 +54,7 @@ class Monitor:
         return self._client.runstate == Runstate.RUNNING
 
     async def execute(self, command: str, arguments: dict[str, Any] | None = None, seconds: float = 30.0) -> Any:
-        """The command's return value. Raises `QmpFailed` when QEMU refuses, is gone, or takes too long."""
+        """The command's return value. Raises `QmpFailed` when QEMU refuses or takes too long, `QemuGone` when it is."""
         try:
             async with asyncio.timeout(seconds):
                 return await self._client.execute(command, arguments)
@@ -63,7 +63,7 @@ class Monitor:
         except TimeoutError:
             raise QmpFailed(f"QEMU did not answer {command} within {seconds:.0f} s", command=command) from None
         except (QMPError, EOFError, OSError) as error:
-            raise QmpFailed(f"QEMU is gone: {command} was not answered ({error})", command=command) from None
+            raise QemuGone(f"QEMU is gone: {command} was not answered ({error})", command=command) from None
 
     async def give(self, name: str, fd: int) -> None:
         """Let QEMU have a copy of `fd` under a name, for the one command that uses it (`getfd`)."""
