@@ -57,7 +57,9 @@ def records(count: int) -> dict[str, dict]:
                 "note": "made for a benchmark",
             }
         )
-        record = vm_record(spec, assign(vm_id, number, spec, host, 22000 + number), None, "2026-01-01T00:00:00.000Z")
+        record = vm_record(
+            spec, assign(vm_id, number, spec, host, 22000 + number), None, [], "2026-01-01T00:00:00.000Z"
+        )
         made[f"vm/{vm_id}"] = record | {"state": "stopped"}
         made[f"name/vm/{name}"] = {"id": vm_id, "name": name}
         made[f"slot/{number}"] = {"id": vm_id, "name": name}

@@ -48,7 +48,7 @@ class Talk:
     def answer(self) -> object:
         while True:
             line = json.loads(self._lines.readline().rpartition(b"\xff")[2])
-            if "error" in line:
+            if "error" in line and "stray" not in line["error"]["desc"]:  # the agent's answer to 0xff
                 raise SystemExit(f"QEMU refused: {line}")
             if "return" in line:
                 return line["return"]
