@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -37,6 +38,11 @@ def remembered(vm_id: str) -> list[Path]:
     except FileNotFoundError:
         return []
     return [path for path in map(Path, lines) if path.is_file()]
+
+
+def forget(vm_id: str) -> None:
+    """Keep nothing of a guest that is gone."""
+    shutil.rmtree(own_folder() / "guests" / vm_id, ignore_errors=True)
 
 
 def known_hosts(vm_id: str, alias: str, host_key: str) -> Path:

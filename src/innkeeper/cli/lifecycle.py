@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from argparse import Namespace
 
+from innkeeper.cli import identity
 from innkeeper.cli.progress import conclude_all
-from innkeeper.client import Innkeeper
+from innkeeper.client import Innkeeper, Operation
 
 
 def _act(inn: Innkeeper, args: Namespace, action: str, said: str) -> int:
@@ -40,4 +41,9 @@ def resume(inn: Innkeeper, args: Namespace) -> int:
 
 
 def remove(inn: Innkeeper, args: Namespace) -> int:
-    return _act(inn, args, "delete", "is removed")
+    def gone(operation: Operation) -> str:
+        if not args.no_wait and (vm_id := operation.document["target"].get("id")):
+            identity.forget(str(vm_id))
+        return f"{operation.target} is removed"
+
+    return conclude_all(args, args.vms, lambda name: inn.vm(name).act("delete", force=args.force), gone)

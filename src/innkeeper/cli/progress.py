@@ -85,8 +85,9 @@ def conclude_all(
             left_running(*begun[index + 1 :])
             raise
         else:
+            said = say(operation)
             if args.output == "text":
-                _print_one(args, operation, say)
+                terminal.say(operation.id if args.no_wait else said)
     if args.output == "json":
         terminal.emit_json([operation.document for operation in begun])
     elif args.output == "name":
