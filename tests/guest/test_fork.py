@@ -51,6 +51,8 @@ def test_forks_go_on_and_are_machines_of_their_own(warm):
             info = vm.info
             assert [sh(vm, IDENTITY["mac"])] == info["machine"]["macs"]
             assert abs(int(sh(vm, "date +%s")) - time.time()) < 30
+        used = [vm.info["memory_used"] for vm in forks]
+        assert all(each["private"] + each["shared"] < 200 << 20 and each["shared"] > 1 << 20 for each in used), used
         for key in ("uuid", "macs"):
             assert len({str(vm.info["machine"][key]) for vm in forks}) == 4
         assert len({vm.info["ssh_port"] for vm in forks}) == 4

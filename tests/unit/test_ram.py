@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 
 from innkeeper.base.errors import NotFound
+from innkeeper.host.usage import used_by
 from innkeeper.plan.rebirth import PREPARE, Rebirth, script
 from innkeeper.plan.seed import HostKey
 from innkeeper.qemu.ram import RamImages, extents
@@ -56,6 +57,36 @@ async def test_nobody_can_change_it(image):
     finally:
         os.close(fd)
         images.close()
+
+
+def test_what_a_process_takes():
+    """A child that shares our memory, and then writes to some."""
+    shared = mmap.mmap(-1, 32 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    for at in range(0, 32 << 20, 4096):
+        shared[at] = 1
+    before = used_by(os.getpid())
+    ask, tell = os.pipe(), os.pipe()
+    if not (child := os.fork()):
+        os.write(ask[1], b"x")
+        os.read(tell[0], 1)
+        for at in range(0, 16 << 20, 4096):
+            shared[at] = 2
+        os.write(ask[1], b"x")
+        os.read(tell[0], 1)
+        os._exit(0)
+    try:
+        os.read(ask[0], 1)
+        first = used_by(child)
+        os.write(tell[1], b"x")
+        os.read(ask[0], 1)
+        second = used_by(child)
+        assert before and first and second
+        assert first.shared > 12 << 20 and before.private > 30 << 20
+        assert second.private - first.private > 15 << 20
+    finally:
+        os.kill(child, 9)
+        os.waitpid(child, 0)
+    assert used_by(child) is None
 
 
 async def test_a_file_that_is_gone(tmp_path):

@@ -87,6 +87,9 @@ def _memory(memory: dict[str, Any], capacity: dict[str, Any]) -> list[tuple[str,
         ),
         ("", _promise(promised / total, f"{format_size(promised)} promised to VMs")),
     ]
+    if promised:
+        private, shared = int(capacity.get("memory_private") or 0), int(capacity.get("memory_shared") or 0)
+        rows.append(("", (f"VMs take {format_size(private)} alone and {format_size(shared)} together", "dim")))
     if swap := int(memory.get("swap_total") or 0):
         taken = swap - int(memory.get("swap_free") or 0)
         rows.append(("", (f"swap: {format_size(taken)} used of {format_size(swap)}", "dim")))

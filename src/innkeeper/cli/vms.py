@@ -107,6 +107,9 @@ def _page(vm: dict[str, Any], ssh: bool) -> list[tuple[str, Any]]:
         ("Size", f"{vm['cpus']} vCPU, {format_size(vm['memory'])} RAM, {spec.get('firmware', 'bios').upper()}"),
         ("Machine", " · ".join(filter(None, (machine.get("type"), machine.get("cpu"), kind)))),
     ]
+    if used := vm.get("memory_used"):
+        text = f"{format_size(used['private'])} of its own, {format_size(used['shared'])} as its part of what it shares"
+        rows.append(("Takes", (text, "dim")))
     rows += _disks(vm)
     rows += _network(vm, spec, ssh)
     rows += [

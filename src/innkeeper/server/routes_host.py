@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import JsonValue
 
 from innkeeper import __version__
+from innkeeper.host.usage import used_by
 from innkeeper.machine.states import LIVE
 from innkeeper.server.context import Ctx, accepted
 from innkeeper.server.models import EventView, OperationView, VersionView
@@ -35,10 +37,14 @@ async def host(ctx: Ctx) -> Response:
     vms = await ctx.world.vms()
     live = [vm for vm in vms if vm["state"] in LIVE]
     pool = shutil.disk_usage(ctx.world.home.pool)
+    pids = [machine.process.pid.number for machine in ctx.world.machines.live()]
+    used = await asyncio.to_thread(lambda: [found for pid in pids if (found := used_by(pid))])
     capacity = {
         "memory_total": facts.memory.total,
         "memory_available": facts.memory.available,
         "memory_promised": sum(vm["spec"]["memory"] for vm in live),
+        "memory_private": sum(each.private for each in used),
+        "memory_shared": sum(each.shared for each in used),
         "vcpus": facts.cpu.threads,
         "vcpus_promised": sum(vm["spec"]["cpus"] for vm in live),
         "pool": str(ctx.world.home.pool),

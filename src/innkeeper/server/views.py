@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from pathlib import Path
 from typing import Any
 
+from innkeeper.host.usage import used_by
 from innkeeper.machine.machine import Machine
 from innkeeper.machine.states import allowed_actions
 from innkeeper.operations.world import World
@@ -31,7 +33,8 @@ class VMViews:
     async def one(self, vm: Value) -> Value:
         """One VM, with what its disks take on the host."""
         view = self._view(vm, self._world.machines.get(vm["id"]), await self._images())
-        return view | {"disks": self._disks(vm)}
+        used = await asyncio.to_thread(used_by, view["pid"]) if view["pid"] else None
+        return view | {"disks": self._disks(vm), "memory_used": used._asdict() if used else None}
 
     async def _images(self) -> dict[str, Value]:
         return {d.value["id"]: d.value for d in await self._world.store.list("image/")}
