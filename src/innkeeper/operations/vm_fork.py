@@ -16,6 +16,8 @@ from innkeeper.store.contract import Value
 
 SUFFIX = "-warm"
 """A warm image is named after what it was made of."""
+POLL = 0.01
+"""Seconds between two looks whether it has: somebody waits for each of them."""
 ALLOWED = 60.0
 """Seconds that the guest gets to become itself."""
 
@@ -48,7 +50,9 @@ async def identify(ctx: Context) -> None:
     )
     try:
         async with machine.agent() as agent:
-            ended, _, complaints = await capture(agent, ["/bin/sh", "-s"], stdin=script(who).encode(), timeout=ALLOWED)
+            ended, _, complaints = await capture(
+                agent, ["/bin/sh", "-s"], stdin=script(who).encode(), timeout=ALLOWED, poll=POLL
+            )
     except (AgentUnavailable, AgentFailed) as error:
         raise AgentFailed(f"{vm['name']} could not be made a machine of its own: {error.detail}") from None
     if ended.status != 0 or complaints:

@@ -130,9 +130,10 @@ async def capture(
     env: Mapping[str, str] | None = None,
     stdin: bytes | None = None,
     timeout: float = 60.0,
+    poll: float = POLL_MAX,
 ) -> tuple[Exit, bytes, bytes]:
     """Runs a command as the agent itself does: two questions, stdout and stderr at the end (about 6 MB together), no
-    working folder. `env` replaces the whole environment.
+    working folder. `env` replaces the whole environment, `poll` is the most seconds between two looks whether it ended.
 
     On time-out the command goes on in the guest; the agent has no way to end it. Raises as `Agent`.
     """
@@ -143,7 +144,7 @@ async def capture(
         if asyncio.get_running_loop().time() > deadline:
             raise AgentFailed(f"{argv[0][:100]!r} did not end within {timeout:g} s in the guest")
         await asyncio.sleep(delay)
-        delay = min(2 * delay, POLL_MAX)
+        delay = min(2 * delay, poll)
     return status
 
 
