@@ -14,7 +14,7 @@ import structlog
 from innkeeper.base.clock import now
 from innkeeper.base.errors import AgentUnavailable, NotFound, QmpFailed, StoreFailed
 from innkeeper.base.home import Home
-from innkeeper.machine.reaction import NO_SPACE, Reaction, Status, react
+from innkeeper.machine.reaction import HELD, NO_SPACE, Reaction, Status, react
 from innkeeper.qemu import cgroup, migration
 from innkeeper.qemu.agent import Agent
 from innkeeper.qemu.monitor import Monitor
@@ -266,6 +266,11 @@ class Machine:
 
     async def pause(self) -> None:
         """Stop the vCPUs."""
+        await self._and_seen("stop", "paused")
+
+    async def hold(self) -> None:
+        """Stop the vCPUs for a moment, without a word, until `run`; all that the guest wrote is in the files then."""
+        self.status = replace(self.status, pausing=HELD)
         await self._and_seen("stop", "paused")
 
     async def _and_seen(self, command: str, wanted: str) -> None:

@@ -1,0 +1,159 @@
+"""Snapshots of real guests: what was written before one is there after it, what was written later is not."""
+
+import random
+import time
+
+import pytest
+
+from innkeeper.client.errors import ApiError
+
+pytestmark = pytest.mark.guest
+
+NEVER = None
+
+
+def sh(vm, script: str, **more) -> str:
+    """A shell script in the guest, which must end well."""
+    result = vm.exec(["sh", "-ec", script], **more)
+    assert result.status == 0, result
+    return result.stdout.decode()
+
+
+@pytest.fixture
+def vm(daemon):
+    made = daemon.inn.launch("tiny", name="snapped", memory="256M", disk="256M")
+    sh(made, "mkfs.ext4 -q /dev/vda; mkdir -p /data; mount /dev/vda /data")
+    yield made
+    made.delete(force=True)
+
+
+def mounted(vm) -> None:
+    """After a start: check the file system as it was left, and mount it."""
+    deadline = time.monotonic() + 300
+    while not vm.info["ready"]:
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    sh(vm, "fsck.ext4 -p /dev/vda >&2 || [ $? = 1 ]; e2fsck -fn /dev/vda >&2; mkdir -p /data; mount /dev/vda /data")
+
+
+def names(vm) -> list[str]:
+    return [snapshot["name"] for snapshot in vm.snapshots.list()]
+
+
+def layers(daemon, vm) -> int:
+    return len(list(daemon.home.vm(vm.info["id"]).glob("disk0-*.qcow2")))
+
+
+def test_a_restore_brings_back_what_was_there_and_can_be_undone(daemon, vm):
+    sh(vm, "echo A >/data/a; sync")
+    vm.snapshots.create("before", note="for the test").wait()
+    sh(vm, "echo B >/data/b; sync")
+    (one,) = vm.snapshots.list()
+    assert one["here"] and one["taken"] == "running" and one["stored_size"] > 0 and one["layers"] == 1
+    with pytest.raises(ApiError, match="running"):
+        vm.snapshots.restore("before").wait()
+    kept = vm.snapshots.restore("before", start=True).wait().result["kept"]
+    mounted(vm)
+    assert sh(vm, "ls /data").split() == ["a", "lost+found"] and sh(vm, "cat /data/a") == "A\n"
+    sh(vm, "umount /data")
+    vm.snapshots.restore(kept, start=True).wait()
+    mounted(vm)
+    assert sh(vm, "cat /data/a /data/b") == "A\nB\n"
+    assert len(names(vm)) == 3 and set(names(vm)) >= {"before", kept}
+    vm.stop(force=True)
+    vm.snapshots.restore("before", keep=False).wait()
+    assert len(names(vm)) == 3  # the present that nobody kept was not one of them
+    assert vm.snapshots.overview()["present"]["at"] == "before"
+    vm.snapshots.prune(automatic=True).wait()
+    assert names(vm) == ["before"] and layers(daemon, vm) == 2
+    vm.start()
+    mounted(vm)
+    assert sh(vm, "ls /data").split() == ["a", "lost+found"]
+
+
+def test_snapshots_go_in_any_order_while_the_guest_writes(daemon, vm):
+    writer = """
+    i=0; while [ ! -e /tmp/stop ]; do i=$((i+1)); head -c $((i % 7 * 65536 + 5000)) /dev/urandom >/tmp/blob
+    cp /tmp/blob /data/file-$((i % 60)); sync; (cd /tmp; md5sum blob | cut -d' ' -f1) >/tmp/sum-$((i % 60))
+    done; touch /tmp/stopped"""
+    vm.exec(["sh", "-c", f"({writer}) >/dev/null 2>&1 </dev/null &"])
+    chance = random.Random(7)
+    taken = []
+    for number in range(6):
+        vm.snapshots.create(f"s{number}", ttl=NEVER).wait()
+        taken.append(f"s{number}")
+        time.sleep(chance.random())
+    assert vm.snapshots.overview()["present"]["layers"] == 7
+    chance.shuffle(taken)
+    for name in taken:
+        vm.snapshots.delete(name).wait()
+        assert name not in names(vm)
+        assert vm.state == "running"
+    assert layers(daemon, vm) == 1
+    sh(vm, "touch /tmp/stop; while [ ! -e /tmp/stopped ]; do sleep 0.1; done; umount /data; sync")
+    check = """
+    n=0; for sum in /tmp/sum-*; do k=${sum#/tmp/sum-}; [ "$(md5sum </data/file-$k | cut -d' ' -f1)" = "$(cat $sum)" ]
+    n=$((n+1)); done; echo $n"""
+    sh(vm, "e2fsck -fn /dev/vda; mount /dev/vda /data")
+    assert int(sh(vm, check, timeout=300)) > 5
+    sums = sh(vm, "cd /data; md5sum file-*; umount /data")
+    vm.stop(force=True)
+    vm.start()
+    mounted(vm)
+    assert sh(vm, "cd /data; md5sum file-*", timeout=300) == sums
+
+
+def test_what_a_stopped_vm_does_not_need_is_merged_without_it(daemon, vm):
+    for number in range(4):
+        sh(vm, f"echo {number} >/data/n; head -c 300000 /dev/urandom >/data/f{number}; sync; md5sum /data/f* >/data/sums; sync")
+        vm.snapshots.create(f"s{number}").wait()
+    vm.stop(force=True)
+    vm.snapshots.restore("s1").wait()  # the present is a branch of its own now
+    for name in ("s2", "s0"):
+        vm.snapshots.delete(name).wait()
+    vm.start()
+    mounted(vm)
+    assert sh(vm, "cat /data/n; md5sum -c /data/sums >&2") == "1\n"
+    vm.snapshots.delete("s3").wait()  # of the branch that the running VM does not stand on
+    vm.snapshots.restore("auto-1", start=True).wait()
+    mounted(vm)
+    assert sh(vm, "cat /data/n; md5sum -c /data/sums >&2") == "3\n"
+    vm.snapshots.delete("s1").wait()
+    vm.snapshots.prune(automatic=True).wait()
+    assert names(vm) == [] and layers(daemon, vm) == 1
+    assert sh(vm, "cat /data/n; md5sum -c /data/sums >&2") == "3\n"
+
+
+def test_a_quiesced_snapshot_has_all_that_was_written(vm):
+    sh(vm, "mkdir /data/q; for i in $(seq 50); do echo $i >/data/q/$i; done")  # and no sync
+    vm.snapshots.create("quiet", quiesce=True).wait()
+    assert vm.snapshots.get("quiet")["quiesced"]
+    sh(vm, "echo after >/data/after; sync")  # it is thawed
+    vm.snapshots.restore("quiet", start=True).wait()
+    mounted(vm)
+    assert sh(vm, "cat /data/q/* | wc -l; ls /data").split() == ["50", "lost+found", "q"]
+
+
+def test_a_chain_has_a_limit_and_a_clear_refusal(daemon):
+    daemon.inn.create({"name": "long", "image": None, "disks": [{"size": "1M"}]}, start=False).wait()
+    vm = daemon.inn.vm("long")
+    try:
+        for _ in range(15):
+            vm.snapshots.create().wait()
+        with pytest.raises(ApiError, match="16 layers") as caught:
+            vm.snapshots.create()
+        assert "prune" in caught.value.hint
+        with pytest.raises(ApiError, match="named 'snap-1' already"):
+            vm.snapshots.create("snap-1")
+        for name in names(vm)[3:10]:
+            vm.snapshots.delete(name).wait()
+        assert len(names(vm)) == 8 and layers(daemon, vm) == 9
+        vm.snapshots.create("again", ttl=1).wait()
+        deadline = time.monotonic() + 60
+        while "again" in names(vm):
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        kinds = [event["kind"] for event in daemon.inn.events()]
+        assert "snapshot.expired" in kinds
+    finally:
+        vm.delete(force=True)
