@@ -81,6 +81,13 @@ def test_an_error_report_that_comes_after_its_stop():
     assert told(status, io_error(nospace=True))[1] == []
 
 
+def test_a_moment_in_which_an_operation_holds_it_is_no_news():
+    status, news, _ = told(replace(RUNNING, pausing=HELD), stop("paused"))
+    assert (status.state, status.reason, news) == ("paused", HELD, [])
+    status, news, _ = told(status, {"event": "RESUME"})
+    assert (status.state, status.reason, news) == ("running", "", [])
+
+
 def test_an_error_while_it_is_paused_by_a_person_does_not_make_it_go_on_by_itself():
     status, news, _ = told(RUNNING, stop("paused"), io_error(nospace=True))
     assert (status.reason, status.pausing) == ("", "")

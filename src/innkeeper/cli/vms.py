@@ -108,6 +108,9 @@ def _page(vm: dict[str, Any], ssh: bool) -> list[tuple[str, Any]]:
         ("Machine", " · ".join(filter(None, (machine.get("type"), machine.get("cpu"), kind)))),
     ]
     rows += _disks(vm)
+    if count := vm.get("snapshots"):
+        hint = f"  no backup: inn snapshot ls {vm['name']} --tree"
+        rows.append(("Snapshots", [str(count), (hint, "dim")]))
     rows += _network(vm, spec, ssh)
     rows += [
         ("Disc", vm.get("disc") or (f"{spec['iso']}, ejected" if spec.get("iso") else "")),

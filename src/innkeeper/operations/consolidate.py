@@ -15,7 +15,7 @@ from innkeeper.base.errors import Conflict, InnkeeperError, QmpFailed
 from innkeeper.machine.machine import Machine
 from innkeeper.operations.chains import chain, layer_path
 from innkeeper.operations.engine import Context
-from innkeeper.operations.snapshots import all_layers, discard, hold, release
+from innkeeper.operations.snapshots import all_layers, hold, release
 from innkeeper.plan.chain import Chain, node_name
 from innkeeper.plan.snapshot import Drop, Join, lineage, unneeded
 from innkeeper.qemu import blocks
@@ -177,7 +177,7 @@ async def _settle(ctx: Context, merge: dict[str, Any]) -> None:
     if merge["live"] and machine is not None:
         await blocks.dismiss(machine.monitor, _job_id(merge))
         await blocks.let_go(machine.monitor, [node_name(gone)])
-    discard(layer_path(world, gone))
+    layer_path(world, gone).unlink(missing_ok=True)
     ctx.data["merge"] = None
     await ctx.save()
 

@@ -62,12 +62,14 @@ async def freeze(ctx: Context) -> None:
         raise ActionRefused(
             f"{ctx.target['name']} does not run, so there is nothing to quiesce", hint="leave --quiesce out"
         )
-    if not ctx.data.get("frozen"):
+    async with machine.agent() as agent:
+        if await agent.call("guest-fsfreeze-status", timeout=FREEZE_ALLOWED) == "frozen":
+            if not ctx.data.get("frozen"):
+                raise ActionRefused(f"the file systems of {ctx.target['name']} are frozen by somebody else")
+            return
         ctx.data["frozen"] = True  # before it is: whoever comes next thaws
         await ctx.save()
-    async with machine.agent() as agent:
-        if await agent.call("guest-fsfreeze-status", timeout=FREEZE_ALLOWED) != "frozen":
-            ctx.data["file_systems"] = await agent.call("guest-fsfreeze-freeze", timeout=FREEZE_ALLOWED)
+        await agent.call("guest-fsfreeze-freeze", timeout=FREEZE_ALLOWED)
 
 
 async def thaw(ctx: Context) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
+import stat
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 
 from innkeeper.base.clock import now
-from innkeeper.base.errors import ActionRefused, NameTaken, NotFound
+from innkeeper.base.errors import ActionRefused, ImageUnsafe, NameTaken, NotFound
+from innkeeper.base.units import MIB
 from innkeeper.machine.machine import Machine
 from innkeeper.operations.chains import layer_path
 from innkeeper.operations.engine import Context
@@ -20,6 +21,9 @@ from innkeeper.plan.snapshot import MOST_LAYERS, lineage, nvram_name
 from innkeeper.qemu import blocks
 from innkeeper.storage.formats.qcow2 import read_size, write_overlay
 from innkeeper.store.contract import Value
+
+MOST_NVRAM = 64 * MIB
+"""Bytes of UEFI variables, generously: the flash that they lie in has less than one MiB."""
 
 
 async def snapshots_of(world: World, vm_id: str) -> list[Value]:
@@ -84,7 +88,7 @@ async def add_layers(ctx: Context, vm: Value, ids: Sequence[str], below: Sequenc
         path.unlink(missing_ok=True)  # half-made by a daemon that died
         write_overlay(path, base, "qcow2", _size(base))
         if (uid := vm["identity"]["uid"]) is not None:
-            os.chown(path, uid, uid)
+            os.chown(path, uid, uid, follow_symlinks=False)  # the folder is that of a QEMU that may run
         writes[f"layer/{layer_id}"] = layer
     await world.store.transact(writes)
 
@@ -132,16 +136,29 @@ def drop_nvram(world: World, vm_id: str, snapshot_id: str) -> None:
 
 
 def _copy(source: Path, target: Path, owner: Value | None) -> bool:
-    if not source.exists():
+    """The folder is that of a QEMU that runs as somebody else, so no name in it is followed to another place."""
+    try:
+        source_fd = os.open(source, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
         return False
     staged = target.with_name(f"{target.name}.new")
-    shutil.copyfile(source, staged)
-    staged.chmod(0o600)
-    if owner is not None and (uid := owner["identity"]["uid"]) is not None:
-        os.chown(staged, uid, uid)
-    with staged.open("rb") as file:
-        os.fsync(file.fileno())
-    staged.replace(target)
+    staged.unlink(missing_ok=True)
+    with os.fdopen(source_fd, "rb") as reading:
+        found = os.fstat(source_fd)
+        if not stat.S_ISREG(found.st_mode) or found.st_size > MOST_NVRAM:
+            raise ImageUnsafe(f"{source} does not hold UEFI variables: it is no file, or larger than any firmware's")
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        try:
+            with os.fdopen(os.open(staged, flags, 0o600), "wb") as writing:
+                shutil.copyfileobj(reading, writing)
+                if owner is not None and (uid := owner["identity"]["uid"]) is not None:
+                    os.fchown(writing.fileno(), uid, uid)
+                writing.flush()
+                os.fsync(writing.fileno())
+            staged.replace(target)
+        except BaseException:
+            staged.unlink(missing_ok=True)
+            raise
     return True
 
 
@@ -149,25 +166,18 @@ def _copy(source: Path, target: Path, owner: Value | None) -> bool:
 
 
 async def hold(ctx: Context, machine: Machine) -> None:
-    """Stop a guest that runs until `release`, which the journal knows of: the next daemon lets it go on."""
+    """Keep a guest from running until `release`; of one that ran the journal knows: the next daemon lets it go on."""
     if machine.status.state == "running":
         ctx.data["held"] = True
         await ctx.save()
-        await machine.hold()
+    await machine.hold()
 
 
 async def release(ctx: Context) -> None:
     """Let a guest go on that this operation has stopped."""
-    if not ctx.data.get("held"):
-        return
-    machine = ctx.world.machines.get(ctx.target["id"])
-    if machine is not None and machine.status.state == "paused":
-        await machine.run()
-    ctx.data["held"] = False
-    await ctx.save()
-
-
-def discard(path: Path) -> None:
-    """Remove a file that may be gone already."""
-    with suppress(FileNotFoundError):
-        path.unlink()
+    machine, stopped = ctx.world.machines.get(ctx.target["id"]), bool(ctx.data.get("held"))
+    if machine is not None:
+        await machine.let_go(run=stopped)
+    if stopped:
+        ctx.data["held"] = False
+        await ctx.save()

@@ -31,7 +31,8 @@ class VMViews:
     async def one(self, vm: Value) -> Value:
         """One VM, with what its disks take on the host."""
         view = self._view(vm, self._world.machines.get(vm["id"]), await self._images())
-        return view | {"disks": self._disks(vm)}
+        snapshots = [d for d in await self._world.store.list("snapshot/") if d.value["vm"] == vm["id"]]
+        return view | {"disks": self._disks(vm), "snapshots": len(snapshots)}
 
     async def _images(self) -> dict[str, Value]:
         return {d.value["id"]: d.value for d in await self._world.store.list("image/")}
