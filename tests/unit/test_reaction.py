@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from innkeeper.machine.reaction import DISK_ERROR, NO_SPACE, PANICKED, QEMU_ERROR, Status, react
+from innkeeper.machine.reaction import DISK_ERROR, HELD, NO_SPACE, PANICKED, QEMU_ERROR, Status, react
 
 RUNNING = Status(state="running", agent=True)
 
@@ -82,9 +84,9 @@ def test_an_error_report_that_comes_after_its_stop():
 
 
 def test_a_moment_in_which_an_operation_holds_it_is_no_news():
-    status, news, _ = told(replace(RUNNING, pausing=HELD), stop("paused"))
+    status, news, _ = told(replace(RUNNING, pausing=HELD), stop())
     assert (status.state, status.reason, news) == ("paused", HELD, [])
-    status, news, _ = told(status, {"event": "RESUME"})
+    status, news, _ = told(status, "RESUME")
     assert (status.state, status.reason, news) == ("running", "", [])
 
 
