@@ -60,7 +60,7 @@ def prune(inn: Innkeeper, args: Namespace) -> int:
 def _removed(operation: Operation) -> str:
     names = operation.result.get("removed") or []
     what = f"snapshot {', '.join(names)} of {operation.target} removed" if names else "no snapshot had to go"
-    return f"{what}; no layer is left that nobody needs"
+    return f"{what}; what nobody needs is merged"
 
 
 def ls(inn: Innkeeper, args: Namespace) -> int:
@@ -150,7 +150,7 @@ def info(inn: Innkeeper, args: Namespace) -> int:
         ("UEFI", "its variables are part of it" if one["nvram"] else ""),
         ("On top of", one["parent"] or ("nothing", "dim")),
         ("Expires", _expiry(one)),
-        ("Size", f"{format_size(one['stored_size'])} in its own layer, {one['layers']} layers in all"),
+        ("Size", f"{format_size(one['stored_size'])} of its own, in a chain of {one['layers']}"),
         (
             "Machine",
             (f"{spec['cpus']} vCPU, {format_size(spec['memory'])} RAM then; a restore leaves that as it is", "dim"),
