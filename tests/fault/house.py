@@ -146,6 +146,7 @@ class House(Daemon):
             yield f"tools are left: {tools}"
         yield from self._claims(vms, images, documents)
         yield from self._folders(vms, images, under("layer/"))
+        yield from self._snapshots(vms, under("snapshot/"), under("layer/"))
 
     def _processes(self, vms: dict[str, Any], live: dict[str, Any]) -> Iterator[str]:
         running = {id for id, vm in vms.items() if vm["state"] in ("running", "paused")}
@@ -189,6 +190,8 @@ class House(Daemon):
             ports += [("tcp", vm["identity"]["ssh_port"])] if vm["identity"]["ssh_port"] else []
             expected |= {f"port/{protocol}/{port}": id for protocol, port in ports}
         expected |= {f"name/image/{image['name']}": id for id, image in images.items()}
+        snapshots = [value for key, value in documents.items() if key.startswith("snapshot/")]
+        expected |= {f"name/snapshot/{s['vm']}/{s['name']}": s["id"] for s in snapshots}
         found = {key: value["id"] for key, value in documents.items() if key.startswith(("name/", "slot/", "port/"))}
         if found != expected:
             over, lost = found.items() - expected.items(), expected.items() - found.items()
@@ -214,6 +217,31 @@ class House(Daemon):
                 yield f"{vm['name']} should have {wanted} and has {there}"
         if strays := {layer["vm"] for layer in layers.values()} - vms.keys():
             yield f"there are layers of {strays}, which are gone"
+
+    def _snapshots(self, vms: dict[str, Any], snapshots: dict[str, Any], layers: dict[str, Any]) -> Iterator[str]:
+        for snapshot in snapshots.values():
+            if snapshot["vm"] not in vms:
+                yield f"snapshot {snapshot['name']} has no VM"
+            elif snapshot["state"] == "whole" and not set(snapshot["disks"]) <= layers.keys():
+                yield f"snapshot {snapshot['name']} has lost a layer"
+            if snapshot["parent"] is not None and snapshot["parent"] not in snapshots:
+                yield f"snapshot {snapshot['name']} stands on one that is gone"
+        for id, vm in vms.items():
+            if vm["at"] is not None and vm["at"] not in snapshots:
+                yield f"{vm['name']} stands on a snapshot that is gone"
+            for disk, top in enumerate(vm["disks"]):
+                below: str | None = top
+                while below is not None and below in layers:
+                    if layers[below]["disk"] != disk:
+                        yield f"{vm['name']}: layer {below} belongs to another disk"
+                    below = layers[below]["parent"]
+                if below is not None:
+                    yield f"{vm['name']}: layer {below} is gone, and others stand on it"
+            if vm["state"] != "deleting":
+                there = {path.name for path in self.home.vm(id).glob("nvram-*")}
+                wanted = {f"nvram-{s['id']}.fd" for s in snapshots.values() if s["vm"] == id and s["nvram"]}
+                if there != wanted:
+                    yield f"{vm['name']} should have {wanted} and has {there}"
 
 
 def attempt(house: House, act: Any) -> Operation | None:

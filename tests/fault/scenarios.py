@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import http.server
+import re
 import socket
 import threading
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from house import House
 
 from innkeeper.client import Innkeeper
 from innkeeper.client.operation import Operation
+from innkeeper.plan.chain import file_name
 
 NAME = "patient"
 
@@ -183,6 +185,119 @@ def not_warmed(house: House) -> None:
     assert [image["name"] for image in house.inn.images()] == [NAME] and not house.inn.vms()
 
 
+# --- snapshots ---
+
+DISKS = [{"size": "1M"}, {"size": "1M"}]
+LAYER = re.compile(r"disk\d+-[0-9a-f]{12}\.qcow2")
+
+
+def make_two_disks(house: House) -> None:
+    house.inn.create(spec(disks=DISKS), start=False).wait()
+
+
+def run_uefi(house: House) -> None:
+    """Two disks, and UEFI variables that are part of a snapshot."""
+    house.inn.create(spec(disks=DISKS, firmware="uefi", memory="64M"), ready=False).wait()
+
+
+def take(inn: Innkeeper) -> Operation:
+    return inn.vm(NAME).snapshots.create("taken")
+
+
+def snapshots(house: House) -> list[str]:
+    return sorted(one["name"] for one in house.inn.vm(NAME).snapshots.list() if one["state"] == "whole")
+
+
+def chains(house: House) -> None:
+    """Whoever runs has exactly those layers open that the store says."""
+    vm = house.inn.vm(NAME).info
+    documents = house.documents()
+    wanted = set()
+    for top in documents[f"vm/{vm['id']}"]["disks"]:
+        while top is not None:
+            layer = documents[f"layer/{top}"]
+            wanted.add(file_name(layer))
+            top = layer["parent"]
+    for pid in house.qemus():
+        names = {link.readlink().name for link in Path(f"/proc/{pid.number}/fd").iterdir()}
+        assert {name for name in names if LAYER.fullmatch(name)} == wanted
+    assert vm["state"] != "paused", "nobody let it go on"
+
+
+def taken(house: House) -> None:
+    assert snapshots(house) == ["taken"]
+    assert house.inn.vm(NAME).snapshots.overview()["present"]["at"] == "taken"
+    chains(house)
+
+
+def not_taken(house: House) -> None:
+    assert snapshots(house) == []
+    chains(house)
+
+
+def have_snapshots(prepare: Callable[[House], object]) -> Callable[[House], None]:
+    """Three, and the present."""
+
+    def do(house: House) -> None:
+        prepare(house)
+        for name in ("first", "second", "third"):
+            house.inn.vm(NAME).snapshots.create(name).wait()
+
+    return do
+
+
+def remove(inn: Innkeeper) -> Operation:
+    return inn.vm(NAME).snapshots.delete("second")
+
+
+def removed(house: House) -> None:
+    assert snapshots(house) == ["first", "third"]
+    assert len(list(house.home.vms.glob("*/disk*.qcow2"))) == 2 * 3
+    chains(house)
+
+
+def not_removed(house: House) -> None:
+    assert set(snapshots(house)) >= {"first", "third"}
+    assert "second" in [one["name"] for one in house.inn.vm(NAME).snapshots.list()]
+    chains(house)
+
+
+def remove_last(inn: Innkeeper) -> Operation:
+    """The present itself takes part in the merge."""
+    return inn.vm(NAME).snapshots.delete("third")
+
+
+def last_removed(house: House) -> None:
+    assert snapshots(house) == ["first", "second"]
+    assert len(list(house.home.vms.glob("*/disk*.qcow2"))) == 2 * 3
+    chains(house)
+
+
+def last_not_removed(house: House) -> None:
+    assert "third" in [one["name"] for one in house.inn.vm(NAME).snapshots.list()]
+    chains(house)
+
+
+def restore(**options: Any) -> Callable[[Innkeeper], Operation]:
+    return lambda inn: inn.vm(NAME).snapshots.restore("first", **options)
+
+
+def restored(*names: str, wanted: str = "stopped") -> Callable[[House], None]:
+    def look(house: House) -> None:
+        assert snapshots(house) == [*names, "first", "second", "third"]
+        assert house.inn.vm(NAME).snapshots.overview()["present"]["at"] == "first"
+        assert house.inn.vm(NAME).state == wanted
+        chains(house)
+
+    return look
+
+
+def not_restored(house: House) -> None:
+    assert snapshots(house) == ["first", "second", "third"]
+    assert house.inn.vm(NAME).snapshots.overview()["present"]["at"] == "third"
+    chains(house)
+
+
 SCENARIOS: dict[str, Scenario] = {
     "image-build": Scenario(build(), listed, not_listed),
     "image-build, replacing": Scenario(build(replace=True), replaced, not_replaced, have_image),
@@ -201,4 +316,13 @@ SCENARIOS: dict[str, Scenario] = {
     "vm-resume": Scenario(act("resume"), state("running"), state("paused", "running"), pause),
     "vm-update": Scenario(update, memory(48), memory(32), make),
     "vm-delete": Scenario(act("delete"), gone, state("stopped", "deleting"), make),
+    "snapshot-create": Scenario(take, taken, not_taken, run_uefi),
+    "snapshot-create, stopped": Scenario(take, taken, not_taken, make_two_disks),
+    "snapshot-delete": Scenario(remove, removed, not_removed, have_snapshots(run_uefi)),
+    "snapshot-delete, the last": Scenario(remove_last, last_removed, last_not_removed, have_snapshots(run_uefi)),
+    "snapshot-delete, stopped": Scenario(remove, removed, not_removed, have_snapshots(make_two_disks)),
+    "snapshot-restore": Scenario(restore(), restored("auto-1"), not_restored, have_snapshots(make_two_disks)),
+    "snapshot-restore, nothing kept": Scenario(
+        restore(keep=False, start=True), restored(wanted="running"), not_restored, have_snapshots(run_uefi)
+    ),
 }

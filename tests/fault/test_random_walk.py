@@ -28,6 +28,7 @@ def wishes(chance: random.Random):
     name = chance.choice(NAMES)
     force = chance.random() < 0.8
     image = chance.choice([None, None, "base"])
+    which = chance.random()
     memory = f"{chance.choice([32, 40, 48])}M"
 
     def update(inn):
@@ -36,8 +37,20 @@ def wishes(chance: random.Random):
         document = {"kind": "vm", "state": state, **spec(name, memory=memory, image=image)}
         return inn.operation(inn.apply([document])["operations"][0])
 
+    def snapshot(inn):
+        """One of those that it has; `IndexError` for none."""
+        found = inn.vm(name).snapshots.list()
+        return found[int(which * len(found))]["name"]
+
+    def restore(inn):
+        return inn.vm(name).snapshots.restore(snapshot(inn), keep=force, start=memory != "32M")
+
     return chance.choice(
         [
+            *[("snapshot-create", lambda inn: inn.vm(name).snapshots.create())] * 2,
+            ("snapshot-delete", lambda inn: inn.vm(name).snapshots.delete(snapshot(inn))),
+            ("snapshot-delete", lambda inn: inn.vm(name).snapshots.prune(automatic=force)),
+            ("snapshot-restore", restore),
             ("vm-create", lambda inn: inn.create(spec(name, image=image), start=False)),
             ("vm-launch", lambda inn: inn.create(spec(name, image=image), ready=False)),
             *((f"vm-{action}", lambda inn, a=action: inn.vm(name).act(a)) for action in ("start", "pause", "resume")),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from innkeeper.machine.reaction import DISK_ERROR, NO_SPACE, PANICKED, QEMU_ERROR, Status, react
+from innkeeper.machine.reaction import DISK_ERROR, HELD, NO_SPACE, PANICKED, QEMU_ERROR, Status, react
 
 RUNNING = Status(state="running", agent=True)
 
@@ -79,6 +81,13 @@ def test_an_error_report_that_comes_after_its_stop():
     assert (status.state, status.reason) == ("paused", NO_SPACE), "so it goes on by itself"
     assert "goes on by itself" in news[0].text
     assert told(status, io_error(nospace=True))[1] == []
+
+
+def test_a_moment_in_which_an_operation_holds_it_is_no_news():
+    status, news, _ = told(replace(RUNNING, pausing=HELD), stop())
+    assert (status.state, status.reason, news) == ("paused", HELD, [])
+    status, news, _ = told(status, "RESUME")
+    assert (status.state, status.reason, news) == ("running", "", [])
 
 
 def test_an_error_while_it_is_paused_by_a_person_does_not_make_it_go_on_by_itself():

@@ -10,7 +10,7 @@ from innkeeper.machine.states import ACTIONS, LIVE, STATES, admit, allowed_actio
 
 BUSY = {"id": "abc123", "kind": "vm-start"}
 EVERY = list(product(STATES, ACTIONS, (None, BUSY), (False, True)))
-CHANGING = ("start", "stop", "restart", "pause", "resume", "delete")
+CHANGING = ("start", "stop", "restart", "pause", "resume", "delete", "snapshot", "restore")
 
 
 @pytest.mark.parametrize(("state", "action", "operation", "force"), EVERY)
@@ -80,6 +80,8 @@ def test_the_answers_people_meet_most():
         ("running", "restart"): "accept", ("stopped", "restart"): "accept", ("crashed", "restart"): "accept",
         ("running", "pause"): "accept", ("paused", "pause"): "nothing", ("paused", "resume"): "accept",
         ("running", "resume"): "nothing", ("stopped", "resume"): "refuse", ("stopped", "delete"): "accept",
+        ("running", "snapshot"): "accept", ("stopped", "snapshot"): "accept", ("paused", "snapshot"): "accept",
+        ("running", "restore"): "refuse", ("stopped", "restore"): "accept", ("crashed", "restore"): "accept",
     }  # fmt: skip
     for (state, action), answer in table.items():
         assert admit(state, action).answer == answer, (state, action)

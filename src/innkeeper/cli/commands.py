@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from innkeeper.cli.parser import duration, ports, size
+from innkeeper.cli.parser import duration, lifetime, ports, size
 from innkeeper.cli.table import Argument as A
 from innkeeper.cli.table import Command as C
 
@@ -18,9 +18,12 @@ TIMEOUT = A(
     ("--timeout",), "how long the guest may take, like 90s; then it fails", {"metavar": "TIME", "type": duration}
 )
 
-MACHINES, IMAGES, FORKS, INSIDE, AS_FILES, HOST = (
+SNAPSHOT = A(("snapshot",), "name or id of the snapshot", {"metavar": "SNAP"})
+
+MACHINES, IMAGES, SNAPSHOTS, FORKS, INSIDE, AS_FILES, HOST = (
     "Virtual machines",
     "Images",
+    "Snapshots",
     "Forks",
     "Inside a guest",
     "Declarative files",
@@ -317,6 +320,87 @@ COMMANDS: tuple[C, ...] = (
         (A(("images",), "names of images", {"metavar": "IMAGE", "nargs": "+"}, "image"), NO_WAIT),
         ("inn image rm debian-12",),
         "list",
+    ),
+    C(
+        "snapshot create",
+        SNAPSHOTS,
+        "take a snapshot of all disks of a VM, running or not",
+        "snapshots:create",
+        (
+            VM,
+            A(("name",), "its name; snap-1 and so on by default", {"metavar": "NAME", "nargs": "?"}),
+            A(("--note",), "free text for people", {"metavar": "TEXT", "default": ""}),
+            A(
+                ("--ttl",),
+                "remove it by itself after this time, like 12h (default 3d), or never",
+                {"metavar": "TIME", "type": lifetime, "default": 3 * 86400.0},
+            ),
+            A(("--quiesce",), "have the guest freeze its file systems for it", {"action": "store_true"}),
+            NO_WAIT,
+        ),
+        ("inn snapshot create web before-upgrade", "inn snapshot create db --quiesce --ttl 12h"),
+        "document",
+        "Without --quiesce the disks are as after a power cut at that moment. A snapshot is no backup: it lies beside "
+        "the disk it belongs to.",
+    ),
+    C(
+        "snapshot ls",
+        SNAPSHOTS,
+        "list the snapshots of a VM",
+        "snapshots:ls",
+        (VM, A(("--tree",), "which was taken on top of which, and where you are", {"action": "store_true"})),
+        ("inn snapshot ls web", "inn snapshot ls web --tree"),
+        "list",
+    ),
+    C(
+        "snapshot info",
+        SNAPSHOTS,
+        "everything about one snapshot",
+        "snapshots:info",
+        (VM, SNAPSHOT),
+        ("inn snapshot info web before-upgrade",),
+        "document",
+    ),
+    C(
+        "snapshot restore",
+        SNAPSHOTS,
+        "have a VM's disks be as they were",
+        "snapshots:restore",
+        (
+            VM,
+            SNAPSHOT,
+            A(
+                ("--and-start",),
+                "start the VM then; one that runs has its power cut first",
+                {"action": "store_true"},
+            ),
+            A(("--force",), "cut the power of a VM that runs", {"action": "store_true"}),
+            A(("--no-keep",), "drop the present instead of keeping it as a snapshot", {"action": "store_true"}),
+            NO_WAIT,
+        ),
+        ("inn snapshot restore web before-upgrade", "inn snapshot restore web before-upgrade --and-start"),
+        "document",
+        "The present is kept as an automatic snapshot for three days, so a mistaken restore can be undone. Disks and "
+        "UEFI variables go back; vCPUs, memory and network stay as they are set now.",
+    ),
+    C(
+        "snapshot rm",
+        SNAPSHOTS,
+        "remove a snapshot; what the VM needs of it is merged",
+        "snapshots:remove",
+        (VM, SNAPSHOT, NO_WAIT),
+        ("inn snapshot rm web before-upgrade",),
+        "document",
+        "Also while the VM runs. inn op cancel stops a long merge; removing it again goes on.",
+    ),
+    C(
+        "snapshot prune",
+        SNAPSHOTS,
+        "remove expired snapshots and merge layers that nobody needs",
+        "snapshots:prune",
+        (VM, A(("--automatic",), "also the snapshots that restores made", {"action": "store_true"}), NO_WAIT),
+        ("inn snapshot prune web", "inn snapshot prune web --automatic"),
+        "document",
     ),
     C(
         "template warm",

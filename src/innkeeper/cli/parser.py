@@ -88,6 +88,11 @@ def duration(text: str) -> float:
     return _checked(parse_duration, text)
 
 
+def lifetime(text: str) -> float | str:
+    """An argument like `3d`, as seconds, or `never`."""
+    return text if text == "never" else duration(text)
+
+
 def ports(text: str) -> str:
     """An argument like `8080:80`, looked through."""
     _checked(parse_publish, text)

@@ -111,6 +111,9 @@ def _page(vm: dict[str, Any], ssh: bool) -> list[tuple[str, Any]]:
         text = f"{format_size(used['private'])} of its own, {format_size(used['shared'])} as its part of what it shares"
         rows.append(("Takes", (text, "dim")))
     rows += _disks(vm)
+    if count := vm.get("snapshots"):
+        hint = f"  no backup: inn snapshot ls {vm['name']} --tree"
+        rows.append(("Snapshots", [str(count), (hint, "dim")]))
     rows += _network(vm, spec, ssh)
     rows += [
         ("Disc", vm.get("disc") or (f"{spec['iso']}, ejected" if spec.get("iso") else "")),

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 from innkeeper.client.errors import ApiError, DaemonUnreachable
 from innkeeper.client.operation import Operation, Progress
+from innkeeper.client.snapshots import Snapshots
 
 if TYPE_CHECKING:
     from innkeeper.client.api import Innkeeper
@@ -100,6 +101,11 @@ class VM:
     def delete(self, *, force: bool = False, wait: bool = True, on_progress: Progress | None = None) -> Operation:
         """Remove it with its disks; `force` even while it runs."""
         return _ended(self.act("delete", force=force), wait, on_progress)
+
+    @property
+    def snapshots(self) -> Snapshots:
+        """Its snapshots."""
+        return Snapshots(self._innkeeper, self.name)
 
     # --- inside the guest, through its agent ---
 

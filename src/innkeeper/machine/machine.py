@@ -14,7 +14,7 @@ import structlog
 from innkeeper.base.clock import now
 from innkeeper.base.errors import AgentUnavailable, NotFound, QemuGone, QmpFailed, StoreFailed
 from innkeeper.base.home import Home
-from innkeeper.machine.reaction import NO_SPACE, Reaction, Status, react
+from innkeeper.machine.reaction import HELD, NO_SPACE, Reaction, Status, react
 from innkeeper.qemu import cgroup, migration
 from innkeeper.qemu.agent import Agent
 from innkeeper.qemu.monitor import Monitor
@@ -52,6 +52,8 @@ class Machine:
         self.process = process
         self.status = Status()
         self.disc = False
+        self.held = False
+        """Nobody but who holds it lets the guest run."""
         self._home, self._store, self._events = home, store, events
         self._monitor: Monitor | None = None
         self._agent: Agent | None = None
@@ -267,6 +269,19 @@ class Machine:
     async def pause(self) -> None:
         """Stop the vCPUs."""
         await self._and_seen("stop", "paused")
+
+    async def hold(self) -> None:
+        """Stop the vCPUs for a moment, without a word, until `let_go`; all it wrote is in the files then."""
+        self.held = True
+        if self.status.state == "running":
+            self.status = replace(self.status, pausing=HELD)
+            await self._and_seen("stop", "paused")
+
+    async def let_go(self, *, run: bool) -> None:
+        """The end of `hold`; `run` for a guest that ran before."""
+        if run and self.status.state == "paused":
+            await self.run()
+        self.held = False
 
     async def _and_seen(self, command: str, wanted: str) -> None:
         """Execute a command and wait until its event has arrived and is recorded: who asks next sees the new state."""

@@ -184,7 +184,7 @@ class Machines:
 
     async def _resume_when_there_is_room(self) -> None:
         while True:
-            waiting = [m for m in self.live() if m.status.reason == NO_SPACE]
+            waiting = [m for m in self.live() if m.status.reason == NO_SPACE and not m.held]
             if waiting and self._has_room():
                 for machine in waiting:
                     with suppress(QmpFailed):

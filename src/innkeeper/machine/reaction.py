@@ -14,6 +14,8 @@ Level = Literal["info", "warning", "error"]
 NO_SPACE = "the pool is full"
 PANICKED = "the guest's kernel panicked"
 DISK_ERROR = "a disk had an I/O error"
+HELD = "an operation holds it for a moment"
+"""A pause that nobody asked for and nobody is told of: it is over before they could look."""
 QEMU_ERROR = "QEMU met an error after which the guest cannot go on; see qemu.log"
 _RESTARTING = "the guest restarts, without its disc"
 
@@ -69,7 +71,7 @@ def react(status: Status, event: str, data: Mapping[str, Any], *, disc: bool) ->
     if event == "STOP":
         return _stop(status, str(data.get("status", "")))
     if event == "RESUME":
-        news = (News("vm.resumed", "goes on"),) if status.state == "paused" else ()
+        news = (News("vm.resumed", "goes on"),) if status.state == "paused" and status.reason != HELD else ()
         return Reaction(replace(status, state="running", reason="", pausing=""), news)
     if event == "BLOCK_IO_ERROR" and data.get("action") == "stop":
         return _disk_error(status, data)

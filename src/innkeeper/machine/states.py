@@ -7,7 +7,19 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 STATES = ("creating", "stopped", "starting", "running", "paused", "stopping", "crashed", "deleting")
-ACTIONS = ("start", "stop", "restart", "pause", "resume", "delete", "exec", "console", "screenshot")
+ACTIONS = (
+    "start",
+    "stop",
+    "restart",
+    "pause",
+    "resume",
+    "delete",
+    "exec",
+    "console",
+    "screenshot",
+    "snapshot",
+    "restore",
+)
 
 LIVE = frozenset({"starting", "running", "paused", "stopping"})
 """States in which a QEMU process may exist."""
@@ -28,9 +40,9 @@ ACCEPT = Admission("accept")
 _RULES: tuple[tuple[frozenset[str], frozenset[str], Admission], ...] = tuple(
     (frozenset(states.split()), frozenset(actions.split()), Admission(answer, reason, hint))  # type: ignore[arg-type]
     for states, actions, answer, reason, hint in (
-        ("creating", "start stop restart pause resume exec console screenshot",
+        ("creating", "start stop restart pause resume exec console screenshot snapshot restore",
          "refuse", "it is still being made", "inn op ls shows how far it is"),
-        ("deleting", "start stop restart pause resume exec console screenshot",
+        ("deleting", "start stop restart pause resume exec console screenshot snapshot restore",
          "refuse", "it is being deleted", ""),
         ("deleting", "delete", "accept", "", ""),
         ("running", "start", "nothing", "it is running already", ""),
@@ -40,8 +52,8 @@ _RULES: tuple[tuple[frozenset[str], frozenset[str], Admission], ...] = tuple(
         ("stopped crashed", "stop", "nothing", "it is stopped already", ""),
         ("stopped crashed", "pause resume", "refuse", "it is stopped", "inn start starts it"),
         ("stopped crashed", "exec console screenshot", "refuse", "it is stopped", "inn start starts it"),
-        ("starting", "pause resume restart exec", "refuse", "it is still starting", "try again in a moment"),
-        ("stopping", "pause restart exec", "refuse", "it is shutting down", "wait, or inn stop --force"),
+        ("starting", "pause resume restart exec snapshot", "refuse", "it is still starting", "try again in a moment"),
+        ("stopping", "pause restart exec snapshot", "refuse", "it is shutting down", "wait, or inn stop --force"),
         ("stopping", "resume", "refuse", "it is shutting down", ""),
         ("paused", "pause", "nothing", "it is paused already", ""),
         ("running", "resume", "nothing", "it is running already", ""),
@@ -62,6 +74,14 @@ _WITHOUT_FORCE = {
         )
         for state in ("running", "paused", "stopping", "starting")
     },
+    **{
+        (state, "restore"): Admission(
+            "refuse",
+            "it is running" if state != "paused" else "it is paused",
+            "inn stop it first; or --and-start: what it is doing is lost then, its disks are kept",
+        )
+        for state in ("running", "paused", "stopping", "starting")
+    },
 }
 
 
@@ -70,7 +90,7 @@ def admit(state: str, action: str, *, operation: Mapping[str, Any] | None = None
 
     A held VM takes nothing that would change it, except a forced stop or delete, which end the operation first.
     """
-    if operation is not None and action in ("start", "stop", "restart", "pause", "resume", "delete"):
+    if operation is not None and action not in ("exec", "console", "screenshot"):
         forced = force and action in ("stop", "delete")
         if not forced:
             return Admission(

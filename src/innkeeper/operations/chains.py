@@ -10,8 +10,9 @@ from innkeeper.plan.chain import Chain, Layer, file_name, node_name
 from innkeeper.store.contract import Value
 
 
-async def chain(world: World, vm_id: str, layer_id: str) -> Chain:
-    """The disk whose top is this layer, as a QEMU of `vm_id` opens it. Raises `NotFound` for a layer that is gone."""
+async def chain(world: World, vm_id: str, layer_id: str, *, absolute: bool = False) -> Chain:
+    """The disk whose top is this layer, as a QEMU of `vm_id` opens it: its own layers by name, relative to the VM's
+    folder, unless `absolute`. Raises `NotFound` for a layer that is gone."""
     found: list[Layer] = []
     seen: set[str] = set()
     below: str | None = layer_id
@@ -21,16 +22,22 @@ async def chain(world: World, vm_id: str, layer_id: str) -> Chain:
             raise StoreFailed(f"layer {below} stands on itself")
         seen.add(below)
         layer = await world.find("layer", below)
-        found.append(Layer(node_name(layer), _path(world, vm_id, layer), handed=layer["vm"] != vm_id))
+        found.append(
+            Layer(
+                node_name(layer),
+                _path(world, vm_id, layer, absolute),
+                handed=layer["vm"] != vm_id,
+                own=layer["vm"] == vm_id,
+            )
+        )
         below = layer["parent"]
     if layer["image"]:
         found += await _image_layers(world, layer["image"], layer["disk"])
     return tuple(reversed(found))
 
 
-def _path(world: World, vm_id: str, layer: Value) -> str:
-    name = file_name(layer)
-    return name if layer["vm"] == vm_id else str(world.home.vm(layer["vm"]) / name)
+def _path(world: World, vm_id: str, layer: Value, absolute: bool) -> str:
+    return file_name(layer) if layer["vm"] == vm_id and not absolute else str(layer_path(world, layer))
 
 
 async def _image_layers(world: World, image_id: str, disk: int) -> list[Layer]:

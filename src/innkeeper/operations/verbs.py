@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from innkeeper.operations import (
     image_make,
+    snapshot_create,
+    snapshot_delete,
+    snapshot_restore,
     template_warm,
     vm_create,
     vm_delete,
@@ -35,5 +38,8 @@ VERBS: dict[str, Verb] = {
         vm_pause.RESUME,
         vm_update.VERB,
         vm_delete.VERB,
+        snapshot_create.VERB,
+        snapshot_restore.VERB,
+        snapshot_delete.VERB,
     )
 }

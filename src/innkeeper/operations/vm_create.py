@@ -149,6 +149,8 @@ async def forget(ctx: Context, vm_id: str | None) -> None:
         if document.value["id"] == vm_id
     ]
     owned += [f"layer/{layer['id']}" for layer in await own_layers(ctx.world, vm_id)]
+    owned += [f"snapshot/{d.value['id']}" for d in await store.list("snapshot/") if d.value["vm"] == vm_id]
+    owned += [document.key for document in await store.list(f"name/snapshot/{vm_id}/")]
     keys = [*owned, f"vm/{vm_id}", f"live/{vm_id}", f"secret/vm/{vm_id}"]
     await store.transact(dict.fromkeys(keys))
 

@@ -20,6 +20,8 @@ class Layer:
     path: str
     handed: bool = False
     """The VM's user may not open it: the daemon does, and hands it in."""
+    own: bool = False
+    """It is the VM's own: QEMU may write to it, if a layer above is merged into it."""
 
 
 Chain = tuple[Layer, ...]

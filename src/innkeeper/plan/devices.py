@@ -88,6 +88,8 @@ def volume(layer: Layer, below: str | None, *, read_only: bool) -> Json:
     """A layer as a block node, standing on the node `below`."""
     file: dict[str, object] = {"driver": "file", "filename": layer.path}
     node: dict[str, object] = {"driver": "qcow2", "node-name": layer.node, "discard": "unmap", "backing": below}
+    if read_only and layer.own:  # as long as nothing is merged into it
+        return node | {"read-only": True, "file": file | {"auto-read-only": True, "discard": "unmap"}}
     if read_only:
         return node | {"read-only": True, "file": file | {"read-only": True}}
     return node | {"detect-zeroes": "unmap", "file": file | {"discard": "unmap", "aio": "threads"}}

@@ -26,6 +26,7 @@ def vm_record(
         "identity": identity.model_dump(mode="json"),
         "image": image,
         "disks": list(layers),
+        "at": None,  # the snapshot that the present stands on
         "created": stamp,
         "state": "creating",
         "reason": "",

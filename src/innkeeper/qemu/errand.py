@@ -21,12 +21,17 @@ Account = tuple[int, tuple[int, ...]]
 
 @asynccontextmanager
 async def errand(
-    arguments: Sequence[str], *, pass_fds: Iterable[int] = (), account: Account | None = None
+    arguments: Sequence[str],
+    *,
+    pass_fds: Iterable[int] = (),
+    account: Account | None = None,
+    cpu: int | None = CPU_SECONDS,
 ) -> AsyncIterator[asyncio.subprocess.Process]:
     """Run a QEMU, stdout and stderr piped, for the length of the block; then it is killed and reaped.
 
     Also when the block fails or is cancelled; if this process itself is killed, the kernel ends QEMU (setpriv's
-    --pdeathsig, where util-linux is there). `account` needs root. Raises `OSError` where QEMU cannot be started.
+    --pdeathsig, where util-linux is there). `account` needs root; `cpu` limits its
+    computing, in seconds. Raises `OSError` where QEMU cannot be started.
     """
     setpriv = shutil.which("setpriv")
     prefix = [setpriv, "--pdeathsig", "KILL", "--no-new-privs"] if setpriv else []
@@ -46,8 +51,9 @@ async def errand(
         **drop,
     )
     try:
-        with suppress(OSError):
-            resource.prlimit(process.pid, resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
+        if cpu is not None:
+            with suppress(OSError):
+                resource.prlimit(process.pid, resource.RLIMIT_CPU, (cpu, cpu))
         yield process
     finally:
         with suppress(ProcessLookupError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from pathlib import Path
@@ -48,6 +49,18 @@ class Monitor:
             raise QmpFailed(f"QEMU did not answer on its QMP socket within {seconds:.0f} s") from None
         finally:
             os.close(fd)
+
+    @staticmethod
+    async def over(connection: socket.socket) -> Monitor:
+        """The same over a socket that is connected already. Raises `QmpFailed`."""
+        client, listener = QMPClient("errand"), EventListener()
+        client.register_listener(listener)
+        try:
+            async with asyncio.timeout(10.0):
+                await client.connect(connection)
+        except (QMPError, TimeoutError) as error:
+            raise QmpFailed(f"QMP negotiation failed: {error}") from None
+        return Monitor(client, listener)
 
     @property
     def connected(self) -> bool:

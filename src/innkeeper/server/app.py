@@ -8,7 +8,16 @@ from fastapi import FastAPI
 from fastapi.routing import APIRoute
 
 from innkeeper import __version__
-from innkeeper.server import problems, routes_apply, routes_forks, routes_guest, routes_host, routes_images, routes_vms
+from innkeeper.server import (
+    problems,
+    routes_apply,
+    routes_forks,
+    routes_guest,
+    routes_host,
+    routes_images,
+    routes_snapshots,
+    routes_vms,
+)
 from innkeeper.server.context import Context
 
 
@@ -25,7 +34,7 @@ def create_app(context: Context | None = None) -> FastAPI:
         generate_unique_id_function=_operation_id,
     )
     app.state.context = context
-    for module in (routes_host, routes_forks, routes_images, routes_vms, routes_guest, routes_apply):
+    for module in (routes_host, routes_forks, routes_images, routes_vms, routes_snapshots, routes_guest, routes_apply):
         app.include_router(module.router)
     problems.install(app)
     return app

@@ -160,6 +160,62 @@ class ActionRequest(Model):
     timeout: float | None = Field(default=None, gt=0, le=86400, description="Seconds the guest gets to shut down")
 
 
+class SnapshotRequest(Model):
+    """A snapshot of all disks at one point in time."""
+
+    name: Name | None = Field(default=None, description="`snap-1` and so on by default")
+    note: str = Field(default="", max_length=4096)
+    ttl: float | None = Field(
+        default=3 * 86400, gt=0, le=315360000, description="Seconds after which it is removed; null: never"
+    )
+    quiesce: bool = Field(default=False, description="Have the guest freeze its file systems, through its agent")
+
+
+class RestoreRequest(Model):
+    """Go back to a snapshot."""
+
+    keep: bool = Field(default=True, description="Keep the present as an automatic snapshot")
+    start: bool = Field(default=False, description="Start it then; one that runs has its power cut first")
+    force: bool = Field(default=False, description="Cut the power of one that runs")
+    ttl: float | None = Field(
+        default=3 * 86400, gt=0, le=315360000, description="Seconds for which the present is kept; null: for good"
+    )
+
+
+class PruneRequest(Model):
+    """What goes besides expired snapshots, removals that were not finished, and layers that nobody needs."""
+
+    automatic: bool = Field(default=False, description="The snapshots that restores made, too")
+
+
+class SnapshotView(Open):
+    """`stored_size`: bytes of its own layers. `layers`: of how many its disks consist. `here`: the present stands on
+    it. A `deleting` one cannot be restored any more."""
+
+    id: str
+    vm: str
+    name: str
+    created: str
+    note: str
+    expires: str | None
+    automatic: bool
+    state: Literal["whole", "deleting"]
+    taken: str
+    quiesced: bool
+    parent: str | None
+    here: bool
+    stored_size: int
+    layers: int
+    nvram: bool
+
+
+class SnapshotList(Open):
+    """`present`: the snapshot it stands on, its layers and how many there may be, bytes written since."""
+
+    snapshots: list[SnapshotView]
+    present: dict[str, JsonValue]
+
+
 class ExecRequest(Model):
     """A command for the guest agent to run, without a shell."""
 

@@ -34,7 +34,12 @@ class VMViews:
         """One VM, with what its disks take on the host."""
         view = self._view(vm, self._world.machines.get(vm["id"]), await self._images())
         used = await asyncio.to_thread(used_by, view["pid"]) if view["pid"] else None
-        return view | {"disks": self._disks(vm), "memory_used": used._asdict() if used else None}
+        snapshots = [d for d in await self._world.store.list("snapshot/") if d.value["vm"] == vm["id"]]
+        return view | {
+            "disks": self._disks(vm),
+            "memory_used": used._asdict() if used else None,
+            "snapshots": len(snapshots),
+        }
 
     async def _images(self) -> dict[str, Value]:
         return {d.value["id"]: d.value for d in await self._world.store.list("image/")}

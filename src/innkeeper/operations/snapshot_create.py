@@ -1,0 +1,207 @@
+"""Take a snapshot: from one point in time on, all disks are written to new layers, and those before are frozen.
+
+An empty layer reads as what lies below, so putting one on top never changes what a disk holds. What must never be
+lost is what QEMU wrote to a new layer after it changed over: such a layer stays, even if the snapshot is undone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+from innkeeper.base.clock import now
+from innkeeper.base.errors import ActionRefused, AgentFailed, AgentUnavailable, Conflict, NameTaken
+from innkeeper.base.ids import new_id
+from innkeeper.machine.machine import Machine
+from innkeeper.operations.chains import chain
+from innkeeper.operations.engine import Context, Step, Verb
+from innkeeper.operations.snapshots import (
+    add_layers,
+    check_new,
+    drop_layers,
+    drop_nvram,
+    free_name,
+    hold,
+    keep_nvram,
+    name_key,
+    release,
+)
+from innkeeper.plan.chain import Layer
+from innkeeper.plan.snapshot import snapshot_record
+from innkeeper.qemu import blocks
+from innkeeper.store.contract import Value, update
+
+FREEZE_ALLOWED = 15.0
+"""Seconds that a guest gets to freeze its file systems: everybody in it who writes waits meanwhile."""
+THAW_ALLOWED, THAW_ATTEMPTS, THAW_PAUSE = 20.0, 3, 1.0
+"""Seconds for one attempt at thawing, how many, and seconds between them."""
+
+
+async def prepare(ctx: Context) -> None:
+    """New layers beside the disks."""
+    vm = await _vm(ctx)
+    if "layers" not in ctx.data:
+        await check_new(ctx.world, vm, ctx.args["name"])
+        ctx.data |= {
+            "snapshot": new_id(), "layers": [new_id() for _ in vm["disks"]], "old": vm["disks"], "at": vm.get("at"),
+        }  # fmt: skip
+        await ctx.save()
+    await add_layers(ctx, vm, ctx.data["layers"], ctx.data["old"])
+
+
+async def unprepare(ctx: Context) -> None:
+    """The layers are gone again, but for those that are in use."""
+    await drop_layers(ctx, ctx.target["id"], ctx.data.get("layers", []))
+
+
+async def freeze(ctx: Context) -> None:
+    """With --quiesce: the guest writes out what it holds in memory, and writes nothing until `thaw`."""
+    if not ctx.args["quiesce"]:
+        return
+    machine = ctx.world.machines.get(ctx.target["id"])
+    if machine is None or machine.status.state != "running":
+        raise ActionRefused(
+            f"{ctx.target['name']} does not run, so there is nothing to quiesce", hint="leave --quiesce out"
+        )
+    async with machine.agent() as agent:
+        if await agent.call("guest-fsfreeze-status", timeout=FREEZE_ALLOWED) == "frozen":
+            if not ctx.data.get("frozen"):
+                raise ActionRefused(f"the file systems of {ctx.target['name']} are frozen by somebody else")
+            return
+        ctx.data["frozen"] = True  # before it is: whoever comes next thaws
+        await ctx.save()
+        await agent.call("guest-fsfreeze-freeze", timeout=FREEZE_ALLOWED)
+
+
+async def thaw(ctx: Context) -> None:
+    """The guest writes again, whatever has become of the snapshot. A guest that is gone has nothing frozen."""
+    if not ctx.data.get("frozen"):
+        return
+    attempt = 1
+    while (machine := ctx.world.machines.get(ctx.target["id"])) is not None:
+        try:
+            async with machine.agent() as agent:
+                ctx.data["thawed"] = await agent.call("guest-fsfreeze-thaw", timeout=THAW_ALLOWED)
+            break
+        except (AgentUnavailable, AgentFailed) as error:
+            if attempt == THAW_ATTEMPTS:
+                text = f"{ctx.target['name']} may be frozen still: {error.detail}"
+                await ctx.world.events.append("vm.frozen", text, target=dict(ctx.target), level="error")
+                raise
+            attempt += 1
+            await asyncio.sleep(THAW_PAUSE)
+    ctx.data["frozen"] = False
+    await ctx.save()
+
+
+async def switch(ctx: Context) -> None:
+    """The point in time: what is written from here on goes to the new layers."""
+    vm = await _vm(ctx)
+    machine = ctx.world.machines.get(vm["id"])
+    if vm["disks"] != ctx.data["layers"]:
+        if machine is not None:
+            await _switch_running(ctx, vm, machine)
+        elif "nvram" not in ctx.data:
+            ctx.data["nvram"] = keep_nvram(ctx.world, vm, ctx.data["snapshot"])
+        await _record(ctx)
+    await release(ctx)
+    ctx.result["snapshot"] = (await ctx.world.find("snapshot", ctx.data["snapshot"]))["name"]
+
+
+async def _switch_running(ctx: Context, vm: Value, machine: Machine) -> None:
+    if not ctx.data.get("switching"):
+        ctx.data["switching"] = True
+        await ctx.save()
+    pairs = await _pairs(ctx)
+    if {overlay.node for _, overlay in pairs} <= await blocks.tops(machine.monitor):
+        return  # a daemon before this one came that far
+    if vm["spec"]["firmware"] == "uefi":  # its variables are a file that it writes to whenever it likes
+        await hold(ctx, machine)
+    ctx.data["nvram"] = keep_nvram(ctx.world, vm, ctx.data["snapshot"])
+    await ctx.save()
+    await blocks.put_on_top(machine.monitor, pairs)
+
+
+async def _pairs(ctx: Context) -> list[tuple[str, Layer]]:
+    """(top node, new layer above it) of each disk."""
+    vm_id = ctx.target["id"]
+    chains = [await chain(ctx.world, vm_id, layer) for layer in ctx.data["layers"]]
+    return [(each[-2].node, each[-1]) for each in chains]
+
+
+async def _record(ctx: Context) -> None:
+    """The snapshot, and the new layers as the VM's, in one transaction."""
+    store, args, snapshot_id = ctx.world.store, ctx.args, ctx.data["snapshot"]
+    while True:
+        document = await store.get(f"vm/{ctx.target['id']}")
+        assert document is not None  # this operation holds it
+        vm = document.value
+        name = args["name"] or await free_name(ctx.world, vm["id"], "snap")
+        snapshot = snapshot_record(
+            snapshot_id, vm, name, now(), note=args["note"], expires=args["expires"], quiesced=args["quiesce"],
+            nvram=bool(ctx.data.get("nvram")),
+        )  # fmt: skip
+        key = name_key(vm["id"], name)
+        writes: dict[str, Value | None] = {
+            document.key: vm | {"disks": ctx.data["layers"], "at": snapshot_id},
+            f"snapshot/{snapshot_id}": snapshot,
+            key: {"id": snapshot_id},
+        }
+        try:
+            await store.transact(writes, {document.key: document.revision, key: 0})
+            return
+        except Conflict as conflict:
+            if conflict.facts["key"] == key and args["name"]:
+                raise NameTaken(f"{vm['name']} has a snapshot named {name!r} already", name=name) from None
+
+
+async def unswitch(ctx: Context) -> None:
+    """No snapshot. The new layers stay the VM's if they may have been written to."""
+    store, machine = ctx.world.store, ctx.world.machines.get(ctx.target["id"])
+    switched = bool(ctx.data.get("switching"))
+    if machine is not None and switched:
+        switched = {overlay.node for _, overlay in await _pairs(ctx)} <= await blocks.tops(machine.monitor)
+    disks = ctx.data["layers"] if switched else ctx.data["old"]
+    while True:
+        document = await store.get(f"vm/{ctx.target['id']}")
+        assert document is not None
+        writes: dict[str, Value | None] = {document.key: document.value | {"disks": disks, "at": ctx.data["at"]}}
+        if (snapshot := await store.get(f"snapshot/{ctx.data['snapshot']}")) is not None:
+            writes |= {snapshot.key: None, name_key(ctx.target["id"], snapshot.value["name"]): None}
+        try:
+            await store.transact(writes, {document.key: document.revision})
+            break
+        except Conflict:
+            continue
+    drop_nvram(ctx.world, ctx.target["id"], ctx.data["snapshot"])
+    await release(ctx)
+
+
+async def tell(ctx: Context) -> None:
+    """What came of it."""
+    name, target = ctx.result["snapshot"], dict(ctx.target)
+    warnings = []
+    if ctx.args["quiesce"] and not ctx.data.get("thawed"):
+        warnings.append("the guest had no file system frozen: what it had not written out yet is not in the snapshot")
+        await update(ctx.world.store, f"snapshot/{ctx.data['snapshot']}", lambda s: s | {"quiesced": False})
+    if ctx.args["expires"] is None:
+        warnings.append(f"{name} never expires: its layer grows for as long as nobody removes it")
+    ctx.result["warnings"] = warnings
+    if not ctx.data.get("told"):
+        ctx.data["told"] = True
+        await ctx.world.events.append(
+            "snapshot.created", f"snapshot {name} of {target['name']} was taken", target=target
+        )
+
+
+async def _vm(ctx: Context) -> Value:
+    return await ctx.world.find("vm", ctx.target["id"])
+
+
+STEPS = (
+    Step("prepare", prepare, unprepare),
+    Step("freeze", freeze, thaw),
+    Step("switch", switch, unswitch),
+    Step("thaw", thaw),
+    Step("tell", tell, keep=True),
+)
+VERB = Verb("snapshot-create", STEPS)

@@ -1,0 +1,90 @@
+"""Snapshots as documents, and which layers of a VM nobody needs any more: pure functions of what the store has.
+
+A snapshot's document (`snapshot/<id>`): {id, vm, name, created, note, expires, automatic, state, disks, parent, taken,
+quiesced, nvram, disc, spec, identity, noticed}. `disks` are the frozen layers it consists of, one for each disk;
+`parent` the snapshot that the VM stood on when it was taken; `taken` the state that the VM was in; `state` is `whole`,
+or `deleting` once it is being removed: then its layers may be merged with others, so there is no way back to it. The
+VM's document says under `at` which snapshot the present stands on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+MOST_LAYERS = 16
+"""Layers of one VM that a disk may consist of: each costs a look in its tables for every read that goes through it."""
+
+
+def snapshot_record(
+    snapshot_id: str,
+    vm: Mapping[str, Any],
+    name: str,
+    stamp: str,
+    *,
+    note: str,
+    expires: str | None,
+    automatic: bool = False,
+    state: str = "whole",
+    quiesced: bool = False,
+    nvram: bool,
+) -> dict[str, Any]:
+    """The document of a snapshot of `vm` as it is."""
+    return {
+        "id": snapshot_id, "vm": vm["id"], "name": name, "created": stamp, "note": note, "expires": expires,
+        "automatic": automatic, "state": state, "disks": list(vm["disks"]), "parent": vm.get("at"),
+        "taken": vm["state"], "quiesced": quiesced, "nvram": nvram, "disc": vm["disc"], "spec": vm["spec"],
+        "identity": vm["identity"], "noticed": False,
+    }  # fmt: skip
+
+
+def nvram_name(snapshot_id: str) -> str:
+    """The copy of the UEFI variables that belongs to a snapshot, in the folder of its VM."""
+    return f"nvram-{snapshot_id}.fd"
+
+
+def lineage(layers: Mapping[str, Any], top: str) -> list[str]:
+    """The ids of the layers that a disk consists of, the top one first."""
+    found: list[str] = []
+    at: str | None = top
+    while at is not None and at in layers and at not in found:
+        found.append(at)
+        at = layers[at]["parent"]
+    return found
+
+
+@dataclass(frozen=True)
+class Drop:
+    """Nothing stands on the layer."""
+
+    layer: str
+
+
+@dataclass(frozen=True)
+class Join:
+    """Only `upper` stands on `lower`."""
+
+    lower: str
+    upper: str
+
+
+def unneeded(
+    vm: Mapping[str, Any], layers: Mapping[str, Any], snapshots: Collection[Mapping[str, Any]]
+) -> Drop | Join | None:
+    """The next layer of a VM that can go, and how; None when each is needed (DESIGN.md 5.11). `layers` and `snapshots`
+    are those of all VMs. A layer with several above it stays, and so does one that another VM stands on."""
+    needed = set(vm["disks"]) | {layer for s in snapshots if s["state"] == "whole" for layer in s["disks"]}
+    above: dict[str, list[str]] = {}
+    for layer in layers.values():
+        if layer["parent"] is not None:
+            above.setdefault(layer["parent"], []).append(layer["id"])
+    for layer in sorted(layers.values(), key=lambda each: str(each["id"])):
+        if layer["vm"] != vm["id"] or layer["id"] in needed:
+            continue
+        children = above.get(layer["id"], [])
+        if not children:
+            return Drop(layer["id"])
+        if len(children) == 1 and layers[children[0]]["vm"] == vm["id"]:
+            return Join(layer["id"], children[0])
+    return None

@@ -1,0 +1,292 @@
+"""Snapshots of real guests: what was written before one is there after it, what was written later is not."""
+
+import os
+import random
+import signal
+import time
+
+import pytest
+
+from innkeeper.client.errors import ApiError, DaemonUnreachable
+
+pytestmark = pytest.mark.guest
+
+NEVER = None
+
+
+def sh(vm, script: str, **more) -> str:
+    """A shell script in the guest, which must end well."""
+    result = vm.exec(["sh", "-ec", script], **more)
+    assert result.status == 0, result
+    return result.stdout.decode()
+
+
+@pytest.fixture
+def vm(daemon):
+    made = daemon.inn.launch("tiny", name="snapped", memory="256M", disk="256M")
+    sh(made, "mkfs.ext4 -q /dev/vda; mkdir -p /data; mount /dev/vda /data")
+    yield made
+    made.delete(force=True)
+
+
+def mounted(vm) -> None:
+    """After a start: check the file system as it was left, and mount it."""
+    deadline = time.monotonic() + 300
+    while not vm.info["ready"]:
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    sh(vm, "fsck.ext4 -p /dev/vda >&2 || [ $? = 1 ]; e2fsck -fn /dev/vda >&2; mkdir -p /data; mount /dev/vda /data")
+
+
+def names(vm) -> list[str]:
+    return [snapshot["name"] for snapshot in vm.snapshots.list()]
+
+
+def layers(daemon, vm) -> int:
+    return len(list(daemon.home.vm(vm.info["id"]).glob("disk0-*.qcow2")))
+
+
+def test_a_restore_brings_back_what_was_there_and_can_be_undone(daemon, vm):
+    sh(vm, "echo A >/data/a; sync")
+    vm.snapshots.create("before", note="for the test").wait()
+    sh(vm, "echo B >/data/b; sync")
+    (one,) = vm.snapshots.list()
+    assert one["here"] and one["taken"] == "running" and one["stored_size"] > 0 and one["layers"] == 1
+    with pytest.raises(ApiError, match="running"):
+        vm.snapshots.restore("before").wait()
+    kept = vm.snapshots.restore("before", start=True).wait().result["kept"]
+    mounted(vm)
+    assert sh(vm, "ls /data").split() == ["a", "lost+found"] and sh(vm, "cat /data/a") == "A\n"
+    sh(vm, "umount /data")
+    vm.snapshots.restore(kept, start=True).wait()
+    mounted(vm)
+    assert sh(vm, "cat /data/a /data/b") == "A\nB\n"
+    assert len(names(vm)) == 3 and set(names(vm)) >= {"before", kept}
+    vm.stop(force=True)
+    vm.snapshots.restore("before", keep=False).wait()
+    assert len(names(vm)) == 3  # the present that nobody kept was not one of them
+    assert vm.snapshots.overview()["present"]["at"] == "before"
+    vm.snapshots.prune(automatic=True).wait()
+    assert names(vm) == ["before"] and layers(daemon, vm) == 2
+    vm.start()
+    mounted(vm)
+    assert sh(vm, "ls /data").split() == ["a", "lost+found"]
+
+
+WRITER = """
+i=0; while [ ! -e /tmp/stop ]; do i=$((i+1)); head -c $((i % 7 * 65536 + 5000)) /dev/urandom >/tmp/blob
+cp /tmp/blob /data/file-$((i % 60)); sync; md5sum </tmp/blob | cut -d' ' -f1 >/tmp/sum-$((i % 60))
+done; touch /tmp/stopped"""
+CHECK = """
+n=0; for sum in /tmp/sum-*; do k=${sum#/tmp/sum-}; [ "$(md5sum </data/file-$k | cut -d' ' -f1)" = "$(cat $sum)" ]
+n=$((n+1)); done; echo $n"""
+
+
+def write_on(vm) -> None:
+    """From now on the guest writes files and remembers their checksums in its memory."""
+    vm.exec(["sh", "-c", f"({WRITER}) >/dev/null 2>&1 </dev/null &"])
+
+
+def all_written(vm) -> None:
+    """The guest writes no more, and reads back from its disk what it wrote."""
+    sh(vm, "touch /tmp/stop; while [ ! -e /tmp/stopped ]; do sleep 0.1; done; umount /data", timeout=300)
+    sh(vm, "e2fsck -fn /dev/vda; mount /dev/vda /data", timeout=300)
+    assert int(sh(vm, CHECK, timeout=300)) > 5
+
+
+def test_snapshots_go_in_any_order_while_the_guest_writes(daemon, vm):
+    write_on(vm)
+    chance = random.Random(7)
+    taken = []
+    for number in range(6):
+        vm.snapshots.create(f"s{number}", ttl=NEVER).wait()
+        taken.append(f"s{number}")
+        time.sleep(chance.random())
+    assert vm.snapshots.overview()["present"]["layers"] == 7
+    chance.shuffle(taken)
+    for name in taken:
+        vm.snapshots.delete(name).wait()
+        assert name not in names(vm)
+        assert vm.state == "running"
+    assert layers(daemon, vm) == 1
+    all_written(vm)
+    sums = sh(vm, "cd /data; md5sum file-*; cd /; umount /data")
+    vm.stop(force=True)
+    vm.start()
+    mounted(vm)
+    assert sh(vm, "cd /data; md5sum file-*", timeout=300) == sums
+
+
+def test_what_a_stopped_vm_does_not_need_is_merged_without_it(daemon, vm):
+    for number in range(4):
+        sh(
+            vm,
+            f"echo {number} >/data/n; head -c 300000 /dev/urandom >/data/f{number}; md5sum /data/f* >/data/sums; sync",
+        )
+        vm.snapshots.create(f"s{number}").wait()
+    vm.stop(force=True)
+    vm.snapshots.restore("s1").wait()  # the present is a branch of its own now
+    for name in ("s2", "s0"):
+        vm.snapshots.delete(name).wait()
+    vm.start()
+    mounted(vm)
+    assert sh(vm, "cat /data/n; md5sum -c /data/sums >&2") == "1\n"
+    vm.snapshots.delete("s3").wait()  # of the branch that the running VM does not stand on
+    vm.snapshots.restore("auto-1", start=True).wait()
+    mounted(vm)
+    assert sh(vm, "cat /data/n; md5sum -c /data/sums >&2") == "3\n"
+    vm.snapshots.delete("s1").wait()
+    vm.snapshots.prune(automatic=True).wait()
+    assert names(vm) == [] and layers(daemon, vm) == 1
+    assert sh(vm, "cat /data/n; md5sum -c /data/sums >&2") == "3\n"
+
+
+def test_a_quiesced_snapshot_has_all_that_was_written(vm):
+    sh(vm, "mkdir /data/q; for i in $(seq 50); do echo $i >/data/q/$i; done")  # and no sync
+    vm.snapshots.create("quiet", quiesce=True).wait()
+    assert vm.snapshots.get("quiet")["quiesced"]
+    sh(vm, "echo after >/data/after; sync")  # it is thawed
+    vm.snapshots.restore("quiet", start=True).wait()
+    mounted(vm)
+    assert sh(vm, "cat /data/q/* | wc -l; ls /data").split() == ["50", "lost+found", "q"]
+
+
+def test_a_chain_has_a_limit_and_a_clear_refusal(daemon):
+    daemon.inn.create({"name": "long", "image": None, "disks": [{"size": "1M"}]}, start=False).wait()
+    vm = daemon.inn.vm("long")
+    try:
+        for _ in range(15):
+            vm.snapshots.create().wait()
+        with pytest.raises(ApiError, match="16 layers") as caught:
+            vm.snapshots.create()
+        assert "prune" in caught.value.hint
+        with pytest.raises(ApiError, match="named 'snap-1' already"):
+            vm.snapshots.create("snap-1")
+        for name in names(vm)[3:10]:
+            vm.snapshots.delete(name).wait()
+        assert len(names(vm)) == 8 and layers(daemon, vm) == 9
+        vm.snapshots.create("again", ttl=1).wait()
+        deadline = time.monotonic() + 60
+        while "again" in names(vm):
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        kinds = [event["kind"] for event in daemon.inn.events()]
+        assert "snapshot.expired" in kinds
+    finally:
+        vm.delete(force=True)
+
+
+# --- in between, somebody dies ---
+
+
+@pytest.fixture
+def alone(bare_daemon):
+    """A guest of a daemon that may be killed."""
+    bare_daemon.add_image("tiny")
+    bare_daemon.start()
+    made = bare_daemon.inn.launch("tiny", name="alone", memory="256M", disk="256M")
+    sh(made, "mkfs.ext4 -q /dev/vda; mkdir -p /data; mount /dev/vda /data")
+    return made
+
+
+def over(daemon) -> None:
+    """No operation is open any more."""
+    for operation in daemon.inn.operations():
+        operation.wait_quietly()
+
+
+def test_a_daemon_that_dies_at_any_moment_loses_nothing(bare_daemon, alone):
+    chance = random.Random()
+    write_on(alone)
+    for number in range(8):
+        taken = names(alone)
+        if len(taken) < 3 or chance.random() < 0.4:
+            alone.snapshots.create(f"s{number}")
+        else:
+            alone.snapshots.delete(chance.choice(taken))
+        time.sleep(chance.random() * 0.4)
+        bare_daemon.kill()
+        bare_daemon.start()
+        over(bare_daemon)
+        assert alone.state == "running"
+    for name in names(alone):
+        alone.snapshots.delete(name).wait()
+    alone.snapshots.prune().wait()
+    assert names(alone) == [] and layers(bare_daemon, alone) == 1
+    all_written(alone)
+
+
+def test_a_guest_that_is_killed_at_any_moment_keeps_what_it_had_written_out(bare_daemon, alone):
+    chance = random.Random()
+    for _ in range(3):
+        for name in ("one", "two"):
+            alone.snapshots.create(name).wait()
+            sh(alone, "head -c 9000000 /dev/urandom >/data/$$; sync")
+        sh(alone, "cd /data; md5sum [0-9]* >sums; sync")
+        operation = alone.snapshots.delete(chance.choice(["one", "two"]))
+        time.sleep(chance.random() * 0.4)
+        for pid in bare_daemon.qemus():
+            os.kill(pid.number, signal.SIGKILL)
+        operation.wait_quietly()
+        deadline = time.monotonic() + 60
+        while alone.state != "crashed":
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        for name in names(alone):
+            alone.snapshots.delete(name).wait()
+        assert layers(bare_daemon, alone) == 1
+        alone.start()
+        mounted(alone)
+        sh(alone, "cd /data; md5sum -c sums", timeout=300)
+
+
+def test_a_merge_can_be_cancelled_and_gone_on_with(bare_daemon, alone):
+    sh(alone, "head -c 30000000 /dev/urandom >/data/big; sync; md5sum /data/big >/data/sums; sync")
+    alone.snapshots.create("big").wait()
+    sh(alone, "head -c 40000000 /dev/urandom >/data/more; sync; md5sum /data/* >/tmp/sums || true")
+    operation = alone.snapshots.delete("big")
+    try:
+        operation.cancel()
+    except ApiError as error:
+        assert "ended" in error.detail
+    assert operation.wait_quietly().state in ("cancelled", "done")
+    assert alone.state == "running"
+    alone.snapshots.prune().wait()
+    for name in names(alone):  # nothing had been merged yet, so it is whole
+        alone.snapshots.delete(name).wait()
+    assert layers(bare_daemon, alone) == 1
+    sh(alone, "umount /data; e2fsck -fn /dev/vda; mount /dev/vda /data; md5sum -c /data/sums", timeout=300)
+
+
+@pytest.mark.parametrize(
+    ("fault", "taken"),
+    [
+        ("snapshot-create/freeze/after/kill", True),
+        ("snapshot-create/switch/after/kill", True),
+        ("snapshot-create/freeze/after/fail", False),
+        ("snapshot-create/switch/before/fail", False),
+        ("snapshot-create/switch/before/fail,snapshot-create/freeze/undo/kill", False),
+    ],
+)
+def test_a_frozen_guest_is_thawed_whatever_happens(bare_daemon, fault, taken):
+    bare_daemon.add_image("tiny")
+    bare_daemon.start(fault)
+    vm = bare_daemon.inn.launch("tiny", name="frozen", memory="256M", disk="64M")
+    sh(vm, "mkfs.ext4 -q /dev/vda; mkdir -p /data; mount /dev/vda /data; echo A >/data/a")
+    with pytest.raises((ApiError, DaemonUnreachable, OSError)):
+        vm.snapshots.create("quiet", quiesce=True).wait()
+    if fault.endswith("kill"):
+        bare_daemon.start()
+        over(bare_daemon)
+    assert names(vm) == (["quiet"] if taken else [])
+    sh(vm, "echo B >/data/b; sync; cat /data/a /data/b", timeout=60)  # would never end in a frozen file system
+
+
+def test_what_cannot_be_quiesced_is_said_at_once(daemon, vm):
+    vm.pause()
+    with pytest.raises(ApiError, match="nothing to quiesce"):
+        vm.snapshots.create(quiesce=True).wait()
+    vm.resume()
+    sh(vm, "umount /data")
+    (warning, *_) = vm.snapshots.create("nothing-frozen", quiesce=True).wait().result["warnings"]
+    assert "no file system" in warning and not vm.snapshots.get("nothing-frozen")["quiesced"]
