@@ -14,6 +14,8 @@ import structlog
 from innkeeper.base.clock import now
 from innkeeper.base.errors import AgentUnavailable, NotFound, QemuGone, QmpFailed, StoreFailed
 from innkeeper.base.home import Home
+from innkeeper.base.nofollow import open_file
+from innkeeper.base.units import MIB
 from innkeeper.machine.reaction import HELD, NO_SPACE, Reaction, Status, react
 from innkeeper.qemu import cgroup, migration
 from innkeeper.qemu.agent import Agent
@@ -31,6 +33,8 @@ STATS_EVERY = 10
 """Seconds between two balloon statistics that the guest sends."""
 
 
+MOST_SCREEN = 64 * MIB
+"""Bytes of a picture of the screen, at most."""
 RECONNECT = 5.0
 """Seconds that a QEMU that does not answer gets to do so, and between two attempts."""
 CONNECTION_LOST = 1.0
@@ -375,6 +379,7 @@ class Machine:
         await self.monitor.execute("screendump", {"filename": "screen.png", "format": "png"})
         path = self.folder / "screen.png"
         try:
-            return path.read_bytes()
+            with open_file(path, MOST_SCREEN) as picture:
+                return picture.read()
         finally:
             path.unlink(missing_ok=True)

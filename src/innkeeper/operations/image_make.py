@@ -237,11 +237,6 @@ async def _remove_folder(ctx: Context, image_id: str) -> None:
     await asyncio.to_thread(shutil.rmtree, ctx.world.home.image(image_id), ignore_errors=True)
 
 
-def own(path: Path) -> None:
-    """Make a file the daemon's, whoever it belonged to."""
-    os.chown(path, os.geteuid(), os.getegid())
-
-
 def _digest(path: Path) -> str:
     return str(blake3(max_threads=blake3.AUTO).update_mmap(path).hexdigest())
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import shutil
-import stat
 from collections.abc import Sequence
 from pathlib import Path
 
 from innkeeper.base.clock import now
-from innkeeper.base.errors import ActionRefused, ImageUnsafe, NameTaken, NotFound
+from innkeeper.base.errors import ActionRefused, NameTaken, NotFound
+from innkeeper.base.nofollow import open_file, write_file
 from innkeeper.base.units import MIB
 from innkeeper.machine.machine import Machine
 from innkeeper.operations.chains import layer_path
@@ -136,29 +135,11 @@ def drop_nvram(world: World, vm_id: str, snapshot_id: str) -> None:
 
 
 def _copy(source: Path, target: Path, owner: Value | None) -> bool:
-    """The folder is that of a QEMU that runs as somebody else, so no name in it is followed to another place."""
     try:
-        source_fd = os.open(source, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        with open_file(source, MOST_NVRAM) as reading:
+            write_file(target, reading, owner["identity"]["uid"] if owner else None)
     except FileNotFoundError:
         return False
-    staged = target.with_name(f"{target.name}.new")
-    staged.unlink(missing_ok=True)
-    with os.fdopen(source_fd, "rb") as reading:
-        found = os.fstat(source_fd)
-        if not stat.S_ISREG(found.st_mode) or found.st_size > MOST_NVRAM:
-            raise ImageUnsafe(f"{source} does not hold UEFI variables: it is no file, or larger than any firmware's")
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        try:
-            with os.fdopen(os.open(staged, flags, 0o600), "wb") as writing:
-                shutil.copyfileobj(reading, writing)
-                if owner is not None and (uid := owner["identity"]["uid"]) is not None:
-                    os.fchown(writing.fileno(), uid, uid)
-                writing.flush()
-                os.fsync(writing.fileno())
-            staged.replace(target)
-        except BaseException:
-            staged.unlink(missing_ok=True)
-            raise
     return True
 
 

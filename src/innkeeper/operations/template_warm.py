@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from pathlib import Path
 from time import monotonic
 
 from innkeeper.base.errors import ActionRefused, BootTimeout
+from innkeeper.base.nofollow import take_file
 from innkeeper.operations import image_make, vm_launch
 from innkeeper.operations.chains import own_layers, role_of
 from innkeeper.operations.engine import Context, Step, Verb
@@ -82,11 +84,9 @@ async def capture(ctx: Context) -> None:
 
 
 def _take(source: Path, target: Path) -> None:
-    """Move a file, if that is not done yet; it is nobody's but ours then."""
-    if source.exists():
-        source.rename(target)
-    target.chmod(0o600)
-    image_make.own(target)
+    """Unless that is done already."""
+    if os.path.lexists(source):
+        take_file(source, target)
 
 
 async def forget_vm(ctx: Context) -> None:

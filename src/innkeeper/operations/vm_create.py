@@ -11,6 +11,7 @@ from typing import Any
 from innkeeper.base.clock import now
 from innkeeper.base.errors import Conflict, InvalidInput, NameTaken, NotFound, PoolFull, PortTaken, Unsupported
 from innkeeper.base.ids import new_id
+from innkeeper.base.nofollow import write_file
 from innkeeper.base.units import format_size
 from innkeeper.network.ports import is_free, who_listens
 from innkeeper.operations.chains import chain, own_layers, role_of
@@ -193,7 +194,8 @@ async def make_files(ctx: Context) -> None:
 def _as_captured(ctx: Context, folder: Path, image: Value) -> None:
     """What a fork has of its own besides its disks. A seed is made when it boots for the first time (vm_start)."""
     if "nvram" in image["files"]:
-        shutil.copyfile(ctx.world.home.image(image["id"]) / image["files"]["nvram"], folder / "nvram.fd")
+        with (ctx.world.home.image(image["id"]) / image["files"]["nvram"]).open("rb") as captured:
+            write_file(folder / "nvram.fd", captured)
 
 
 async def write_first_boot(ctx: Context, vm: Value, image: Value | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import re
 from collections import deque
@@ -11,6 +12,7 @@ from time import monotonic
 from typing import Any
 
 from innkeeper.base.errors import AgentFailed, AgentUnavailable, BootTimeout
+from innkeeper.base.nofollow import write_file
 from innkeeper.machine.machine import Machine
 from innkeeper.machine.serial_log import read
 from innkeeper.operations import vm_create, vm_start
@@ -90,7 +92,7 @@ async def _failure(ctx: Context, vm: Value, what: str, machine: Machine | None) 
     if machine is not None:
         path = folder / "boot-failure.png"
         try:
-            path.write_bytes(await machine.screenshot())
+            write_file(path, io.BytesIO(await machine.screenshot()))
             picture = f"; its screen is in {path}"
         except Exception:
             picture = ""

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-import shutil
 from pathlib import Path
 
 from innkeeper.base.clock import now
 from innkeeper.base.errors import ActionRefused, Conflict, NotFound, PortTaken, QemuFailed
+from innkeeper.base.nofollow import write_file
 from innkeeper.host.memory import check_memory
 from innkeeper.machine.states import LIVE
 from innkeeper.network.ports import is_free, who_listens
@@ -142,12 +142,7 @@ async def plan(ctx: Context, vm: Value) -> Plan:
         vm = await _seed_of_its_own(ctx, vm)
     if spec.firmware == "uefi" and not (folder / "nvram.fd").exists():
         assert host.firmware.uefi is not None
-        staged = folder / "nvram.fd.new"
-        shutil.copyfile(host.firmware.uefi.vars, staged)
-        staged.chmod(0o600)
-        if identity.uid is not None:
-            os.chown(staged, identity.uid, identity.uid)
-        staged.replace(folder / "nvram.fd")
+        _fresh_variables(Path(host.firmware.uefi.vars), folder, identity.uid)
     image, fork = await boot_image(world, vm), await captured(world, vm)
     files = Files(
         chains=[await chain(world, vm["id"], layer) for layer in vm["disks"]],
@@ -158,6 +153,11 @@ async def plan(ctx: Context, vm: Value) -> Plan:
         ram=str(world.home.image(fork["id"]) / fork["files"]["ram"]) if fork else "",
     )
     return command(spec, identity, host, image, files, capturable=vm["capturable"])
+
+
+def _fresh_variables(template: Path, folder: Path, uid: int | None) -> None:
+    with template.open("rb") as fresh:
+        write_file(folder / "nvram.fd", fresh, uid)
 
 
 async def _seed_of_its_own(ctx: Context, vm: Value) -> Value:
