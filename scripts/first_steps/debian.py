@@ -16,7 +16,7 @@ RUN = (
     "openssh-client", "ovmf", "python3-venv", "qemu-system-x86", "qemu-utils", "seabios",
 )  # fmt: skip
 """What Innkeeper needs on a host."""
-TEST = ("git",)
+TEST = ("binutils", "git", "qemu-guest-agent")
 """What its tests need besides."""
 SUITES = {"12": "debian-12", "13": "debian-13"}
 """Debian's version → the image that a first guest is made from."""
