@@ -103,6 +103,8 @@ def _machine(spec: VMSpec, identity: Identity, host: HostFacts, memory: Memory) 
         "vmport": "off",
         "hpet": "off",  # costs timer interrupts, and every guest of today has better clocks
     }
+    if spec.cpus > 254:  # more than the older tables can say; QEMU 10 refuses them then
+        machine["smbios-entry-point-type"] = 64
     firmware: list[Option] = []
     if spec.firmware == "uefi":
         uefi = host.firmware.uefi

@@ -92,7 +92,7 @@ long:   mov     $'L', %al
 3:      hlt
         jmp     3b
 
-        .align  8
+        .balign 8, 0
 gdt:    .quad   0
         .quad   0x00cf9b000000ffff      /* 0x08: 32-bit code */
         .quad   0x00cf93000000ffff      /* 0x10: data */
