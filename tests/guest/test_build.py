@@ -74,7 +74,10 @@ class Guest:
         if name not in self._sockets:
             end = socket.socket(socket.AF_UNIX)
             end.settimeout(self.patience)
-            end.connect(str(self.folder / f"{name}.sock"))
+            deadline = time.monotonic() + 10
+            while end.connect_ex(str(self.folder / f"{name}.sock")):  # it has its name a moment before it listens
+                assert time.monotonic() < deadline, f"{name}.sock does not answer"
+                time.sleep(0.01)
             self._sockets[name] = end.makefile("rwb")
             if name == "qmp":
                 self._sockets[name].readline()
