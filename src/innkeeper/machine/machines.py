@@ -30,6 +30,8 @@ ADOPT = 3.0
 """Seconds that a running QEMU gets to answer a daemon that comes back; all are asked at once."""
 ROOM_EVERY = 1.0
 """Seconds between two looks whether a full pool has room again; looked only while a guest waits for it."""
+INDIFFERENT = frozenset({"vm-pause", "vm-resume", "vm-update", "snapshot-create", "snapshot-delete"})
+"""Operations on a VM that never record its end, so that somebody else has to."""
 LOGS_EVERY = 30.0
 """Seconds between two looks at the size of the serial logs."""
 
@@ -147,7 +149,8 @@ class Machines:
         await clean(self._home, vm_id)
         writes: dict[str, Value | None] = {f"live/{vm_id}": None}
         reason = "QEMU ended while no daemon was looking"
-        crashed = vm is not None and not vm["operation"] and vm["state"] in LIVE
+        held = vm is not None and vm["operation"] and vm["operation"]["kind"] not in INDIFFERENT
+        crashed = vm is not None and not held and vm["state"] in LIVE
         if vm is not None and crashed:
             writes[f"vm/{vm_id}"] = vm | {"state": "crashed", "reason": reason, "since": now()}
         try:
