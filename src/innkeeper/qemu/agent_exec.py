@@ -267,6 +267,7 @@ class _Run:
             if status is not None:
                 exited, *heads = status
                 self.pid = None
+                self.leftover = exited.signal is not None  # the wrapper was killed before it removed its files
                 for stream, head in zip(("out", "err"), heads, strict=True):
                     if len(head) >= HEAD:  # there may be more than fits into the answer
                         self.leftover = True
