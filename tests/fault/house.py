@@ -6,6 +6,7 @@ import asyncio
 import atexit
 import json
 import os
+import shutil
 import sqlite3
 import tempfile
 import time
@@ -39,10 +40,17 @@ def fork_server() -> ForkServer:
     return server
 
 
+def scratch() -> Path:
+    """A folder that goes with this process."""
+    folder = Path(tempfile.mkdtemp(prefix="inn-test-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
 @cache
 def small_build() -> Path:
     """What a build makes, in small: the harness is about the steps around the build."""
-    folder = Path(tempfile.mkdtemp(prefix="inn-test-"))
+    folder = scratch()
     files = {"kernel": "kernel", "initrd": "initrd"}
     for name in files.values():
         (folder / name).write_bytes(name.encode() * 1000)

@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from house import House
+from house import House, scratch
 
 from innkeeper.client import Innkeeper
 from innkeeper.client.operation import Operation
@@ -95,9 +95,7 @@ def update(inn: Innkeeper) -> Operation:
 @cache
 def disk_image() -> Path:
     """A raw image of 1 MiB, as somebody's file."""
-    import tempfile
-
-    path = Path(tempfile.mkdtemp(prefix="inn-test-")) / "disk.raw"
+    path = scratch() / "disk.raw"
     path.write_bytes(b"\xeb\xfe" + bytes(508) + b"\x55\xaa" + b"data" * 1024 + bytes((1 << 20) - 512 - 4096))
     return path
 

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -164,6 +165,9 @@ def test_nobody_starts_a_daemon_on_the_folder_of_another(tmp_path):
 
 def test_ctrl_c_leaves_the_operation_running(daemon):
     operation = daemon.inn.create(vm_spec("cli-interrupt", "tiny", memory="128M", disk="1G"))
+    while operation.poll().document["step"] != "wait-until-ready":
+        time.sleep(0.01)
+    os.kill(daemon.inn.vm("cli-interrupt").info["pid"], signal.SIGSTOP)  # it will not be ready
     words = [*INN, "op", "show", operation.id, "-f"]
     process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env=environment(daemon.home.data))
     try:
