@@ -1,18 +1,17 @@
 """Captured RAM as forks get it."""
 
+import asyncio
 import ctypes
 import mmap
 import os
-import shutil
 import subprocess
-from dataclasses import replace
+import sys
 
 import pytest
 
-from innkeeper.base.errors import NotFound
+from innkeeper.base.errors import NotFound, QemuFailed
 from innkeeper.host.usage import used_by
-from innkeeper.plan.rebirth import PREPARE, Rebirth, script
-from innkeeper.plan.seed import HostKey
+from innkeeper.qemu import ram
 from innkeeper.qemu.ram import RamImages, extents
 
 PUNCH_HOLE = 0x02 | 0x01  # FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
@@ -96,13 +95,39 @@ async def test_a_file_that_is_gone(tmp_path):
             await images.get("gone", tmp_path / "gone")
 
 
-@pytest.mark.parametrize("shell", ["dash", "bash", "busybox"])
-def test_the_script_is_a_shell_s(shell):
-    if not shutil.which(shell):
-        pytest.skip(f"{shell} is not installed")
-    macs = [("52:54:00:00:00:01", "52:54:00:00:00:02")]
-    who = Rebirth("web", "0" * 32, HostKey("PRIVATE'\nKEY\n", "ssh-ed25519 AAAA it's\n"), macs, bytes(range(256)), 1.5)
-    command = [shell, "sh", "-n"] if shell == "busybox" else [shell, "-n"]
-    for text in (script(who), script(replace(who, nics=[])), PREPARE):
-        done = subprocess.run(command, input=text.encode(), capture_output=True)
-        assert (done.returncode, done.stderr) == (0, b"")
+def test_what_is_looked_for_is_found_everywhere(tmp_path, monkeypatch):
+    monkeypatch.setattr(ram, "SEARCHED", 4096)
+    file = tmp_path / "ram"
+    with file.open("wb") as target:
+        target.truncate(1 << 20)
+        for at in (0, 4090, 8192, 500_000, (1 << 20) - 16):  # the second across two searches
+            target.seek(at)
+            target.write(b"0123456789abcdef")
+        target.seek(70_000)
+        target.write(b"other")
+    places = [(0, 0), (4090, 0), (8192, 0), (70_000, 1), (500_000, 0), ((1 << 20) - 16, 0)]
+    assert ram.find_all(file, [b"0123456789abcdef", b"other"]) == places
+
+
+def test_memory_of_another_process_is_overwritten_where_it_maps_the_copy(tmp_path):
+    file = tmp_path / "ram"
+    file.write_bytes(bytes(1 << 20))
+
+    async def copy() -> int:
+        return await RamImages().get("x", file)
+
+    fd = asyncio.run(copy())
+    program = "import mmap,sys; m = mmap.mmap(int(sys.argv[1]), 0, access=mmap.ACCESS_COPY); print(flush=True); "
+    program += "input(); print(m[70000:70004], m[0], flush=True)"
+    argv = [sys.executable, "-c", program, str(fd)]
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=[fd], text=True) as process:
+        assert process.stdin and process.stdout
+        process.stdout.readline()
+        ram.overwrite(process.pid, [(70_000, b"mine")])
+        process.stdin.write("\n")
+        process.stdin.flush()
+        assert process.stdout.readline() == "b'mine' 0\n"
+    assert os.pread(fd, 4, 70_000) == bytes(4)
+    with pytest.raises(QemuFailed):
+        ram.overwrite(process.pid, [(0, b"gone")])
+    os.close(fd)

@@ -17,16 +17,17 @@ from innkeeper.base.home import Home
 from innkeeper.base.nofollow import open_file
 from innkeeper.base.units import MIB
 from innkeeper.machine.reaction import HELD, NO_SPACE, Reaction, Status, react
-from innkeeper.qemu import cgroup, migration
+from innkeeper.qemu import cgroup, migration, waiter
 from innkeeper.qemu.agent import Agent
 from innkeeper.qemu.monitor import Monitor
 from innkeeper.qemu.process import LOG, Process
+from innkeeper.qemu.waiter import Waiter
 from innkeeper.store.contract import Store, Value, update
 from innkeeper.store.events import EventLog
 
 log = structlog.get_logger()
 
-SOCKETS = ("qmp.sock", "agent.sock", "serial.sock")
+SOCKETS = ("qmp.sock", "agent.sock", "serial.sock", waiter.NAME)
 POWERED_OFF = b"qemu_system_shutdown_request"
 """Trace event of QEMU when a guest powers off (softmmu/trace-events); a restart has another."""
 STATS_EVERY = 10
@@ -62,6 +63,8 @@ class Machine:
         self._monitor: Monitor | None = None
         self._agent: Agent | None = None
         self._agent_lock = asyncio.Lock()
+        self.waiter: Waiter | None = None
+        """The connection to the process that waits in a captured guest, until that has been told who it is."""
         self._changed = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._quiet = False
@@ -226,6 +229,7 @@ class Machine:
 
     async def _close(self) -> None:
         await self._drop_agent()
+        self.drop_waiter()
         monitor, self._monitor = self._monitor, None
         if monitor is not None:
             await monitor.close()
@@ -304,15 +308,28 @@ class Machine:
         await self.monitor.execute("stop")
         await migration.save(self.monitor, path)
 
-    async def go_on_from(self, path: Path) -> None:
+    async def dial_waiter(self) -> Waiter:
+        """The connection to what waits in a captured guest, kept until it is used. Raises `AgentUnavailable`."""
+        if self.waiter is None:
+            self.waiter = await Waiter.dial(self.folder)
+        return self.waiter
+
+    def drop_waiter(self) -> None:
+        """The end of that."""
+        waiting, self.waiter = self.waiter, None
+        if waiting is not None:
+            waiting.close()
+
+    async def go_on_from(self, state: bytes) -> None:
         """Put captured devices into a QEMU that was started with the RAM they belong to. `run` is what comes next.
 
-        The agent is connected before, as it was when the guest was captured.
+        The agent and what waits are connected before, as they were when the guest was captured.
         """
         agent = Agent(self.folder, "agent.sock")
         await agent.dial()
         self._agent, self.status = agent, replace(self.status, agent=True)
-        await migration.load(self.monitor, path)
+        await self.dial_waiter()
+        await migration.load(self.monitor, state)
 
     async def power_down(self) -> None:
         """Ask the guest to shut down, by ACPI and, where the agent listens, by the agent."""

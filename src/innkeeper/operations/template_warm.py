@@ -9,15 +9,19 @@ from time import monotonic
 
 from innkeeper.base.errors import ActionRefused, BootTimeout
 from innkeeper.base.nofollow import take_file
+from innkeeper.machine.machine import Machine
 from innkeeper.operations import image_make, vm_launch
 from innkeeper.operations.chains import own_layers, role_of
 from innkeeper.operations.engine import Context, Step, Verb
 from innkeeper.operations.vm_create import discard_folder, forget
 from innkeeper.plan.chain import file_name
-from innkeeper.plan.rebirth import PREPARE
+from innkeeper.plan.rebirth import HELLO, PREPARE, WAIT, forms
 from innkeeper.qemu.agent_exec import capture as run_in_guest
+from innkeeper.qemu.ram import find_all
 from innkeeper.store.contract import Value
 
+PATIENCE = 20.0
+"""Seconds that the process in the guest gets to say that it waits."""
 AGAIN = 1.0
 """Seconds between two tries of the command that has to end well."""
 
@@ -57,6 +61,8 @@ async def capture(ctx: Context) -> None:
             raise ActionRefused(f"{vm['name']} ended before it was captured", hint="try again")
         await image_make.new_workspace(ctx)
         ctx.report(None, "capturing")
+        ctx.data["waits"] = await _leave_waiter(machine) if image["agent"] else False
+        await ctx.save()
         await machine.capture(staged := workspace / "devices.new")
         await world.machines.discard(vm["id"])
         staged.rename(devices)
@@ -70,6 +76,8 @@ async def capture(ctx: Context) -> None:
             files[role] = name
             _take(folder / name, workspace / name)
     identity, qemu = vm["identity"], world.qemu
+    ctx.report(None, "looking through its memory")
+    uuid_at = await asyncio.to_thread(find_all, workspace / "ram", forms(identity["uuid"]))
     ctx.data["image_fields"] = {
         "kind": "warm", "files": files, "format": "qcow2", "virtual_size": image["virtual_size"], "user": image["user"],
         "agent": image["agent"], "cloud_init": image["cloud_init"], "min_memory": image["min_memory"],
@@ -77,10 +85,20 @@ async def capture(ctx: Context) -> None:
         "warm": {
             "image": image["name"], "spec": vm["spec"], "machine_type": identity["machine_type"],
             "accelerator": identity["accelerator"], "cpu_model": identity["cpu_model"],
-            "qemu": qemu.version if qemu else "", "uuid": identity["uuid"], "macs": identity["macs"],
+            "qemu": qemu.version if qemu else "",
+            "waits": ctx.data["waits"], "uuid": identity["uuid"], "uuid_at": uuid_at,
+            "macs": identity["macs"],
         },
         "source": {"image": image["name"], "digests": image["digests"], "until": ctx.args["until"] or ""},
     }  # fmt: skip
+
+
+async def _leave_waiter(machine: Machine) -> bool:
+    """Start in the guest what its forks tell who they are. Connected first: without a host it would see the end."""
+    port = await machine.dial_waiter()
+    async with machine.agent() as agent:
+        ended, _, _ = await run_in_guest(agent, ["/bin/sh", "-s"], stdin=WAIT.encode())
+    return ended.status == 0 and await port.line(PATIENCE) == HELLO
 
 
 def _take(source: Path, target: Path) -> None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 import time
 
 from innkeeper.base.errors import ActionRefused, AgentFailed, AgentUnavailable, Unsupported
+from innkeeper.machine.machine import Machine
 from innkeeper.operations import vm_create, vm_start
 from innkeeper.operations.engine import Context, Step, Verb
 from innkeeper.operations.world import World
-from innkeeper.plan.rebirth import Rebirth, script
+from innkeeper.plan.rebirth import DONE, Rebirth, shell_script, understood, words
 from innkeeper.plan.seed import HostKey
 from innkeeper.qemu.agent_exec import capture
 from innkeeper.store.contract import Value
@@ -22,13 +24,15 @@ ALLOWED = 60.0
 """Seconds that the guest gets to become itself."""
 
 
-async def identify(ctx: Context) -> None:
-    """Have the guest's agent change what it copied. A fork that stays somebody else is not let live."""
+async def go_on(ctx: Context) -> None:
+    """Let the guest go on, and change what it copied before anyone can talk to it. It is told who it is before it
+    moves, so that nothing waits for anything else. A fork that stays somebody else is not let live."""
     world = ctx.world
     vm = await world.find("vm", ctx.data["vm"])
     image = await world.find("image", vm["image"]["id"])
-    target = {"kind": "vm", "id": vm["id"], "name": vm["name"]}
     if not image["agent"]:
+        await vm_start.run(ctx)
+        target = {"kind": "vm", "id": vm["id"], "name": vm["name"]}
         text = (
             f"{vm['name']} has no agent: hostname, machine-id, SSH host keys and MAC are still those of {image['name']}"
         )
@@ -45,19 +49,39 @@ async def identify(ctx: Context) -> None:
         machine_id=secrets.token_hex(16),
         host_key=HostKey(**secret.value["host_key"]),
         nics=list(zip(image["warm"]["macs"], vm["identity"]["macs"], strict=True)),
-        seed=secrets.token_bytes(256),
+        seed=secrets.token_bytes(64),
         seconds=time.time(),
     )
+    telling = _tell(machine, image["warm"]["waits"], who)
     try:
-        async with machine.agent() as agent:
-            ended, _, complaints = await capture(
-                agent, ["/bin/sh", "-s"], stdin=script(who).encode(), timeout=ALLOWED, poll=POLL
-            )
+        answer, _, _ = await asyncio.gather(telling, _greet(machine), vm_start.run(ctx))
     except (AgentUnavailable, AgentFailed) as error:
         raise AgentFailed(f"{vm['name']} could not be made a machine of its own: {error.detail}") from None
-    if ended.status != 0 or complaints:
-        said = complaints.decode(errors="replace").strip()[:1000]
-        raise AgentFailed(f"{vm['name']} could not be made a machine of its own: {said or f'status {ended.status}'}")
+    notes, complaints = understood(answer)
+    if complaints:
+        said = "; ".join(complaints)[:1000]
+        raise AgentFailed(f"{vm['name']} could not be made a machine of its own: {said}")
+    if notes:
+        ctx.result["warnings"] = notes
+
+
+async def _tell(machine: Machine, waits: bool, who: Rebirth) -> str:
+    """Through the port of what waits in the guest. That is told once: a daemon that comes later asks the agent."""
+    if waits and machine.waiter is not None:
+        try:
+            return await machine.waiter.ask(words(who), DONE, ALLOWED)
+        finally:
+            machine.drop_waiter()
+    async with machine.agent() as agent:
+        script = shell_script(who).encode()
+        _, said, wrong = await capture(agent, ["/bin/sh", "-s"], stdin=script, timeout=ALLOWED, poll=POLL)
+    return (wrong + said).decode(errors="replace")
+
+
+async def _greet(machine: Machine) -> None:
+    """Meanwhile the agent comes to its senses: the first answer is the slowest."""
+    async with machine.agent():
+        return
 
 
 async def find_warm(world: World, name: str) -> Value:
@@ -84,5 +108,5 @@ async def find_warm(world: World, name: str) -> Value:
     return image
 
 
-STEPS = (*vm_create.STEPS, *vm_start.STEPS, Step("identify", identify))
+STEPS = (*vm_create.STEPS, *(step for step in vm_start.STEPS if step.do is not vm_start.run), Step("go-on", go_on))
 VERB = Verb("vm-fork", STEPS)

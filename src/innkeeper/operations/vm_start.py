@@ -18,6 +18,8 @@ from innkeeper.operations.world import World
 from innkeeper.plan.command import Files, command
 from innkeeper.plan.identity import Identity, on_accelerator
 from innkeeper.plan.options import Plan
+from innkeeper.plan.rebirth import forms, state_with
+from innkeeper.qemu.ram import overwrite
 from innkeeper.spec.image import Image
 from innkeeper.spec.vm import VMSpec
 from innkeeper.store.contract import Value, update
@@ -120,7 +122,11 @@ async def _start(ctx: Context, vm: Value) -> None:
         return
     image = await world.find("image", vm["image"]["id"])
     machine = await world.machines.start(vm, planned, await world.ram.get(image["id"], Path(planned.ram.path)))
-    await machine.go_on_from(world.home.image(image["id"]) / image["files"]["devices"])
+    devices = (world.home.image(image["id"]) / image["files"]["devices"]).read_bytes()
+    nics = list(zip(image["warm"]["macs"], vm["identity"]["macs"], strict=True))
+    await machine.go_on_from(state_with(devices, nics))
+    new = forms(vm["identity"]["uuid"])
+    overwrite(machine.process.pid.number, [(at, new[form]) for at, form in image["warm"]["uuid_at"]])
 
 
 async def kill(ctx: Context) -> None:

@@ -70,7 +70,7 @@ def command(
         *_machine(spec, identity, host, memory),
         *_control(),
         *devices.console(),
-        *devices.channels(),
+        *devices.channels(rebirth=memory != "private"),
         *devices.paravirtual(identity, reporting=memory == "private"),
         *devices.disks(spec, chains),
     ]

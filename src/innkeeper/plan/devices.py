@@ -8,6 +8,7 @@ from innkeeper.plan import pci
 from innkeeper.plan.chain import Chain, Layer
 from innkeeper.plan.identity import Identity
 from innkeeper.plan.options import Constants, Json, Option
+from innkeeper.plan.rebirth import PORT as REBIRTH_PORT
 from innkeeper.spec.disk import DiskSpec
 from innkeeper.spec.nic import NicSpec
 from innkeeper.spec.vm import VMSpec
@@ -35,9 +36,9 @@ def console() -> list[Option]:
     ]  # fmt: skip
 
 
-def channels() -> list[Option]:
-    """The guest agent's channel."""
-    return [
+def channels(*, rebirth: bool) -> list[Option]:
+    """The guest agent's channel, and `rebirth`'s: that of the process that waits in a captured guest."""
+    options = [
         Option("-chardev", Constants("socket", {"id": "agent", "path": "agent.sock", "server": "on", "wait": "off"})),
         Option("-device", _fixed("virtio-serial-pci", "serial-bus", "serial")),
         Option(
@@ -45,6 +46,14 @@ def channels() -> list[Option]:
             {"driver": "virtserialport", "id": "agent0", "bus": "serial-bus.0", "chardev": "agent", "name": AGENT_PORT},
         ),
     ]
+    if rebirth:
+        socket = {"id": "rebirth", "path": "rebirth.sock", "server": "on", "wait": "off"}
+        port = {"id": "rebirth0", "bus": "serial-bus.0", "chardev": "rebirth", "name": REBIRTH_PORT}
+        options += [
+            Option("-chardev", Constants("socket", socket)),
+            Option("-device", {"driver": "virtserialport", **port}),
+        ]
+    return options
 
 
 def paravirtual(identity: Identity, *, reporting: bool) -> list[Option]:

@@ -1,10 +1,16 @@
-"""What a fork's guest is told, so that it becomes a machine of its own: a shell script for its agent.
+"""What a fork's guest is told, so that it becomes a machine of its own.
 
 Everything a guest copies with its memory and disk and must not share: hostname, machine-id, SSH host keys, MAC
-addresses, the random pool, and a clock that stands at the moment of the capture. Under software emulation each program
-that a script starts costs several milliseconds, so it keeps to what the shell has built in wherever that is possible.
+addresses, the random pool, and a clock that stands at the moment of the capture.
 
-machine-id(5); random(4): what is written to /dev/urandom is mixed in; sshd(8): SIGHUP makes it read its keys again.
+Where the guest has Perl, as Debian and Ubuntu always do, a process that was started before the capture waits for this
+on a port of its own. It has been compiled, and Perl's system calls need no program to be started: under software
+emulation each start takes dozens of milliseconds. Elsewhere, and where a daemon died in between, the agent runs a
+shell script.
+
+machine-id(5); random(4): RNDADDENTROPY credits what it is given, RNDRESEEDCRNG uses it at once, while what is only
+written to /dev/urandom is used up to a minute later; netdevice(7): SIOCSIFHWADDR; sshd(8): SIGHUP makes it read its
+keys again. System call numbers are those of x86-64, as the machines are.
 """
 
 from __future__ import annotations
@@ -12,8 +18,13 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
+from uuid import UUID
 
 from innkeeper.plan.seed import HostKey
+
+PORT = "org.innkeeper.rebirth.0"
+HELLO, DONE, NOTE = "innkeeper-waits", "innkeeper-done", "note: "
+"""The first line, the last one of question and answer, and how a line begins that is no complaint."""
 
 
 @dataclass(frozen=True)
@@ -37,14 +48,111 @@ sync
 """
 """Before the capture: of the host keys only the one stays that each fork gets its own of."""
 
+_PERL = rf"""
+sub put {{
+  my ($file, $text, $mask) = @_;
+  my $before = umask($mask // 022);
+  my $to;
+  open($to, ">", $file) && print($to $text) && close($to) or warn "$file: $!\n";
+  umask($before);
+}}
+sub get {{ open(my $from, "<", $_[0]) or return ""; local $/; <$from> // "" }}
+sub reborn {{
+  my %who = @_;
+  my $now = pack("qq", $who{{seconds}}, $who{{microseconds}});
+  syscall(164, $now, 0) == 0 or warn "the clock: $!\n";
+  my $noise = pack("H*", $who{{seed}});
+  $noise = pack("ii", 8 * length $noise, length $noise) . $noise;
+  if (open(my $pool, "+<", "/dev/urandom")) {{
+    ioctl($pool, 0x40085203, $noise) && ioctl($pool, 0x5207, 0) or warn "the random pool: $!\n";
+  }}
+  put("/proc/sys/kernel/hostname", $who{{name}});
+  put("/etc/hostname", "$who{{name}}\n");
+  -f && !-l and put($_, "$who{{machine_id}}\n") for "/etc/machine-id", "/var/lib/dbus/machine-id";
+  my $hosts = get("/etc/hosts");
+  put("/etc/hosts", $hosts) if $hosts =~ s/^127\.0\.1\.1.*/127.0.1.1 $who{{name}}/mg;
+  socket(my $any, 2, 2, 0);
+  opendir(my $nics, "/sys/class/net");
+  for my $nic (readdir $nics) {{
+    chomp(my $old = get("/sys/class/net/$nic/address"));
+    my $mac = $who{{$old}} or next;
+    my $request = pack("a16 S a22", $nic, 1, pack("H*", $mac =~ tr/://dr));
+    ioctl($any, 0x8924, $request) or warn "the address of $nic: $!\n";
+  }}
+  return unless -d "/etc/ssh";
+  put("/etc/ssh/ssh_host_ed25519_key", pack("H*", $who{{private}}), 077);
+  put("/etc/ssh/ssh_host_ed25519_key.pub", pack("H*", $who{{public}}));
+  get("/run/sshd.pid") =~ /^(\d+)/ and kill("HUP", $1);
+}}
+open(my $port, "+<", $ARGV[0]) or exit 1;
+syswrite($port, "{HELLO}\n");
+my $text = "";
+until ($text =~ s/^{DONE}\n\z//m) {{ sysread($port, $text, 65536, length $text) or exit 1 }}
+my @said;
+local $SIG{{__WARN__}} = sub {{ push @said, @_ }};
+eval {{ reborn(split /[ \n]/, $text); 1 }} or push @said, $@;
+syswrite($port, join("", @said) . "{DONE}\n");
+"""
 
-def script(who: Rebirth) -> str:
-    """For `sh`, as root; what it prints is a complaint. Steps that do not apply to the guest are left out by it."""
+WAIT = f"""\
+command -v perl >/dev/null 2>&1 || exit 1
+for port in /sys/class/virtio-ports/*; do
+  name=
+  {{ read -r name <"$port/name"; }} 2>/dev/null
+  [ "$name" != {PORT} ] || exec setsid perl -e {shlex.quote(_PERL)} "/dev/${{port##*/}}" </dev/null >/dev/null 2>&1 &
+done
+"""
+"""For `sh`: leaves the process that waits, which says `HELLO` on the port."""
+
+
+def state_with(state: bytes, nics: Sequence[tuple[str, str]]) -> bytes:
+    """The captured state of the devices with each old MAC address exchanged for its new one, of the same length.
+
+    It is in the NIC, and in what user-mode networking remembers of whom it leased an address to: the fork then keeps
+    the address that its ports are forwarded to.
+    """
+    for old, new in nics:
+        state = state.replace(bytes.fromhex(old.replace(":", "")), bytes.fromhex(new.replace(":", "")))
+    return state
+
+
+def forms(uuid: str) -> list[bytes]:
+    """How a machine's UUID stands in its guest's memory: as the firmware's tables have it (SMBIOS 2.6, 7.2.1: the first
+    three fields little-endian), and as kernels and programs have written it down."""
+    value = UUID(uuid)
+    return [value.bytes_le, str(value).encode(), str(value).upper().encode()]
+
+
+def words(who: Rebirth) -> str:
+    """What is written to the port: names and values in turn, none of which has a blank in it."""
+    told = {
+        "name": who.name,
+        "machine_id": who.machine_id,
+        "seconds": int(who.seconds),
+        "microseconds": int(who.seconds % 1 * 1e6),
+        "seed": who.seed.hex(),
+        "private": _line(who.host_key.private).hex(),
+        "public": _line(who.host_key.public).hex(),
+        **dict(who.nics),
+    }
+    return "".join(f"{name} {value}\n" for name, value in told.items()) + DONE + "\n"
+
+
+def _line(text: str) -> bytes:
+    return f"{text.strip()}\n".encode()
+
+
+def shell_script(who: Rebirth) -> str:
+    """For `sh`, as root; what it prints is a complaint, unless it is a `NOTE`, or `DONE` at the end. Steps that do not
+    apply to the guest are left out by it. Only what the shell has built in is used wherever that is possible."""
     noise = "".join(f"\\{byte:03o}" for byte in who.seed)
     macs = "".join(f"{old}) new={new};; " for old, new in who.nics)
     return f"""\
-date -u -s @{who.seconds:.2f} >/dev/null 2>&1 || date -u -s @{who.seconds:.0f} >/dev/null
+date -u -s @{who.seconds:.0f} >/dev/null
 printf '{noise}' >/dev/urandom
+[ -d /sys/bus/acpi/drivers/vmgenid ] ||
+  perl -e 'open($p, "<", "/dev/urandom"); ioctl($p, 0x5207, 0) or die' 2>/dev/null ||
+  echo "{NOTE}for up to a minute, random numbers may be those of the captured guest"
 name={shlex.quote(who.name)}
 read -r old </proc/sys/kernel/hostname
 echo "$name" >/proc/sys/kernel/hostname
@@ -77,5 +185,14 @@ if [ -d /etc/ssh ]; then
   echo {shlex.quote(who.host_key.public.strip())} >/etc/ssh/ssh_host_ed25519_key.pub
   {{ read -r sshd </run/sshd.pid && kill -HUP "$sshd"; }} 2>/dev/null
 fi
+echo {DONE}
 exit 0
 """
+
+
+def understood(answer: str) -> tuple[list[str], list[str]]:
+    """(notes, complaints) of what a script printed; one that did not come to its end is a complaint."""
+    lines = [line for line in answer.splitlines() if line.strip()]
+    notes = [line.removeprefix(NOTE) for line in lines if line.startswith(NOTE)]
+    wrong = [line for line in lines if not line.startswith(NOTE) and line != DONE]
+    return notes, wrong if DONE in lines else [*wrong, "it did not come to its end"]

@@ -146,7 +146,7 @@ class Agent:
 
     async def dial(self) -> None:
         """Only the host's half of `connect`, for a guest that does not run yet. Raises OSError, `ConnectError`."""
-        connection = await _connect(self.folder, self.name)
+        connection = await connect_socket(self.folder, self.name)
         try:
             await self._channel.connect(connection)
         except BaseException:
@@ -320,7 +320,7 @@ async def read_ahead(agent: Agent, handle: int, count: int) -> AsyncGenerator[by
         await asyncio.gather(*pending, return_exceptions=True)
 
 
-async def _connect(folder: Path, name: str) -> socket.socket:
+async def connect_socket(folder: Path, name: str) -> socket.socket:
     """Connects by way of the folder's descriptor, since the path itself may be longer than a socket's 107 bytes."""
     handle = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:

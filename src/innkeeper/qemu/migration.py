@@ -28,10 +28,12 @@ async def save(monitor: Monitor, path: Path) -> None:
     await _completed(monitor)
 
 
-async def load(monitor: Monitor, path: Path) -> None:
+async def load(monitor: Monitor, state: bytes) -> None:
     """Put the state of all devices into a QEMU that waits for it, with the RAM it belongs to."""
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    fd = os.memfd_create("innkeeper-devices", os.MFD_CLOEXEC)
     try:
+        os.write(fd, state)
+        os.lseek(fd, 0, os.SEEK_SET)
         await _ignore_ram(monitor)
         await monitor.give("state", fd)
     finally:

@@ -11,11 +11,17 @@ from __future__ import annotations
 import asyncio
 import errno
 import fcntl
+import mmap
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
-from innkeeper.base.errors import NotFound
+from innkeeper.base.errors import NotFound, QemuFailed
 
+NAME = "innkeeper-ram"
+"""What the copies are called in a process's maps."""
+SEARCHED = 4 << 20
+"""Bytes that are searched before other threads get a turn."""
 _SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
 
 
@@ -51,7 +57,7 @@ class RamImages:
 def _copy(path: Path) -> int:
     source = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        target = os.memfd_create("innkeeper-ram", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        target = os.memfd_create(NAME, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             size = os.fstat(source).st_size
             os.ftruncate(target, size)
@@ -65,6 +71,42 @@ def _copy(path: Path) -> int:
             raise
     finally:
         os.close(source)
+
+
+def find_all(path: Path, patterns: Sequence[bytes]) -> list[tuple[int, int]]:
+    """(offset, index of the pattern) of every place in captured RAM that holds one of `patterns`."""
+    found = []
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        with mmap.mmap(file.fileno(), size, prot=mmap.PROT_READ) as ram:
+            for begin, end in extents(file.fileno(), size):
+                for start in range(begin, end, SEARCHED):
+                    for index, pattern in enumerate(patterns):
+                        at, stop = start - 1, min(start + SEARCHED + len(pattern) - 1, size)
+                        while (at := ram.find(pattern, at + 1, stop)) >= 0:
+                            found.append((at, index))
+    return sorted(set(found))
+
+
+def overwrite(pid: int, writes: Sequence[tuple[int, bytes]]) -> None:
+    """Change the RAM of a QEMU that maps a copy privately, at these offsets, before its guest runs (proc(5), mem).
+
+    Raises `QemuFailed` where that is not permitted."""
+    try:
+        with open(f"/proc/{pid}/maps") as maps:  # noqa: PTH123 - a hot little read
+            mapped = [line.split() for line in maps if f"/memfd:{NAME}" in line]
+        fd = os.open(f"/proc/{pid}/mem", os.O_RDWR | os.O_CLOEXEC)
+        try:
+            for addresses, _, offset, *_ in mapped:
+                begin, end = (int(each, 16) for each in addresses.split("-"))
+                first = int(offset, 16)
+                for at, data in writes:
+                    if first <= at < first + end - begin:
+                        os.pwrite(fd, data, begin + at - first)
+        finally:
+            os.close(fd)
+    except OSError as error:
+        raise QemuFailed(f"the memory of process {pid} cannot be written: {error.strerror}") from None
 
 
 def _at(target: int, offset: int) -> int:

@@ -47,7 +47,9 @@ class Warm(Model):
     cpu_model: str
     qemu: str = Field(description="Version of the QEMU that it ran in")
     uuid: str
+    uuid_at: tuple[tuple[int, int], ...] = Field(description="Offset in RAM, form: where the UUID is (plan/rebirth)")
     macs: tuple[str, ...]
+    waits: bool = Field(description="A process in the guest waits to be told who it is now")
 
 
 class Image(Model):
