@@ -1,7 +1,8 @@
 """Forking a warm guest: Innkeeper, from the API call to a guest whose agent has answered, and the floor: a script that
-does only what QEMU needs (spawn, load the devices, cont) and pings the agent. In turn, in one run.
+does only what QEMU needs (spawn, load the devices, cont) and pings the agent. In turn, in one run; then many at once,
+and what each of them takes of the host's memory while it idles.
 
-    .venv/bin/python bench/fork.py [RUNS] [IMAGE[:MEMORY]…]      by default tiny:256M
+    .venv/bin/python bench/fork.py [RUNS [MANY]] [IMAGE[:MEMORY]…]      by default 10 20 tiny:256M
 
 Ours includes what the floor leaves out: name, ports and journal, an overlay, confinement, and a guest that has become a
 machine of its own (hostname, machine-id, keys, MAC, random pool, clock) before anyone can talk to it.
@@ -18,13 +19,17 @@ import struct
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
 from common import median, running_daemon, say
 
-RUNS = int(sys.argv[1]) if len(sys.argv) > 1 else 10
-IMAGES = sys.argv[2:] or ["tiny:256M"]
+NUMBERS = [int(word) for word in sys.argv[1:] if word.isdigit()]
+RUNS, MANY = (*NUMBERS, *(10, 20)[len(NUMBERS) :])
+IMAGES = [word for word in sys.argv[1:] if not word.isdigit()] or ["tiny:256M"]
+IDLE = 20
+"""Seconds that forks idle before their memory is looked at."""
 
 
 class Talk:
@@ -58,8 +63,8 @@ class Talk:
         return self.answer()
 
 
-def floor(argv: list[str], image: Path, disk: Path | None) -> float:
-    """Seconds from spawn to the agent's answer, of the same machine by hand."""
+def floor(argv: list[str], image: Path, disk: Path | None, everybody: threading.Barrier | None = None) -> float:
+    """Seconds from spawn to the agent's answer, of the same machine by hand; it ends when `everybody` has answered."""
     folder = Path(tempfile.mkdtemp(prefix="inn-bench-"))
     words: list[str] = []
     skip = False
@@ -84,6 +89,7 @@ def floor(argv: list[str], image: Path, disk: Path | None) -> float:
         qmp.call("qmp_capabilities")
         agent = Talk(folder / "agent.sock")
         agent._socket.sendall(b"\xff")
+        Talk(folder / "rebirth.sock")
         number = 4711
         agent.send("guest-sync", {"id": number})
         wanted = [{"capability": "x-ignore-shared", "state": True}]
@@ -98,7 +104,10 @@ def floor(argv: list[str], image: Path, disk: Path | None) -> float:
         while agent.answer() != number:
             pass
         agent.call("guest-ping")
-        return time.perf_counter() - begun
+        taken = time.perf_counter() - begun
+        if everybody is not None:
+            everybody.wait()
+        return taken
     finally:
         process.kill()
         process.wait()
@@ -135,9 +144,34 @@ def compare(daemon, name: str, memory: str) -> None:
         ours.append(time.perf_counter() - begun)
         vm.delete(force=True)
         bare.append(floor(argv, folder, kept))
-    shutil.rmtree(kept.parent)
     milliseconds = [f"{median(values) * 1000:.0f} ms" for values in (ours, bare)]
     say(f"fork of {warm}", *milliseconds, median(ours) / median(bare), "1.3")
+    many(daemon, warm, lambda everybody: floor(argv, folder, kept, everybody))
+    shutil.rmtree(kept.parent)
+
+
+def many(daemon, warm: str, bare) -> None:
+    """The same at once."""
+    names = [f"many-{number}" for number in range(MANY)]
+    begun = time.perf_counter()
+    for operation in daemon.inn.forks(warm, names, force=True):
+        operation.wait()
+    ours = time.perf_counter() - begun
+    time.sleep(IDLE)
+    taken = [sum(daemon.inn.vm(name).info["memory_used"].values()) for name in names]
+    for operation in [daemon.inn.vm(name).delete(force=True, wait=False) for name in names]:
+        operation.wait()
+    everybody = threading.Barrier(MANY + 1)
+    threads = [threading.Thread(target=bare, args=(everybody,)) for _ in names]
+    begun = time.perf_counter()
+    for thread in threads:
+        thread.start()
+    everybody.wait()
+    peer = time.perf_counter() - begun
+    for thread in threads:
+        thread.join()
+    say(f"{MANY} forks of {warm} at once", f"{ours:.1f} s", f"{peer:.1f} s", ours / peer, "1.3")
+    print(f"an idle one takes {median(taken) / 2**20:.0f} MiB, shared pages by their part (wanted: 60)")
 
 
 main()

@@ -32,6 +32,7 @@ def sh(vm, script: str) -> str:
 IDENTITY = {
     "hostname": "cat /proc/sys/kernel/hostname",
     "mac": "cat /sys/class/net/eth0/address",
+    "uuid": "cat /sys/class/dmi/id/product_uuid",
     "random": "head -c 16 /dev/urandom | od -An -tx1",
     "kernel's random": "cat /proc/sys/kernel/random/uuid",
 }
@@ -50,6 +51,7 @@ def test_forks_go_on_and_are_machines_of_their_own(warm):
         for vm in forks:
             info = vm.info
             assert [sh(vm, IDENTITY["mac"])] == info["machine"]["macs"]
+            assert sh(vm, IDENTITY["uuid"]) == info["machine"]["uuid"]
             assert abs(int(sh(vm, "date +%s")) - time.time()) < 30
         used = [vm.info["memory_used"] for vm in forks]
         assert all(each["private"] + each["shared"] < 200 << 20 and each["shared"] > 1 << 20 for each in used), used
@@ -81,6 +83,17 @@ def test_forks_outlive_the_daemon_and_boot_after_a_stop(warm):
         assert sh(vm, "test ! -e /tmp/warmed; mkdir -p /mnt && mount /dev/vda /mnt && cat /mnt/file") == "kept"
         with warm.inn.fork("tiny-warm") as other:  # the daemon that came back copies the memory again
             assert sh(other, "cat /tmp/warmed") == "before"
+
+
+def test_a_guest_in_which_nothing_waits_is_told_by_its_agent(warm):
+    spec = vm_spec("warming", "tiny", memory="256M", cpus=1)
+    warm.inn.warm("tiny", spec, name="no-perl", until="rm -f /usr/bin/perl /bin/perl").wait()
+    assert not warm.inn.image("no-perl")["warm"]["waits"]
+    with warm.inn.fork("no-perl", name="one") as one, warm.inn.fork("no-perl", name="two") as two:
+        for what, script in IDENTITY.items():
+            assert sh(one, script) != sh(two, script), what
+        assert sh(two, IDENTITY["mac"]) == two.info["machine"]["macs"][0]
+    warm.inn.image_delete("no-perl").wait()
 
 
 def inn(daemon, *words: str) -> subprocess.CompletedProcess[str]:

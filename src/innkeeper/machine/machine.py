@@ -263,16 +263,19 @@ class Machine:
 
     async def run(self) -> None:
         """Let the vCPUs go."""
-        with suppress(QmpFailed):
-            path = "/machine/peripheral/balloon0"
-            await self.monitor.execute(
-                "qom-set", {"path": path, "property": "guest-stats-polling-interval", "value": STATS_EVERY}
-            )
         if self.disc:  # hold the guest at its restart, so that the disc is out before the firmware looks for it
             await self.monitor.execute("set-action", {"reboot": "shutdown"})
             with suppress(QmpFailed):  # a QEMU without tracing: a power-off that nobody saw counts as a restart
                 await self.monitor.execute("trace-event-set-state", {"name": POWERED_OFF.decode(), "enable": True})
         await self._and_seen("cont", "running")
+
+    async def poll_statistics(self) -> None:
+        """Have the guest's balloon driver tell how much memory it uses, from now on."""
+        with suppress(QmpFailed):
+            path = "/machine/peripheral/balloon0"
+            await self.monitor.execute(
+                "qom-set", {"path": path, "property": "guest-stats-polling-interval", "value": STATS_EVERY}
+            )
 
     async def pause(self) -> None:
         """Stop the vCPUs."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import suppress
 from typing import Any
 
@@ -53,9 +53,11 @@ class Machines:
         """All of them."""
         return [machine for machine in self._live.values() if not machine.over.done()]
 
-    async def start(self, vm: Value, plan: Plan, ram: int | None = None) -> Machine:
+    async def start(
+        self, vm: Value, plan: Plan, ram: int | None = None, then: Callable[[Machine], Awaitable[None]] | None = None
+    ) -> Machine:
         """Spawn QEMU by the plan, stopped before its first instruction. Nothing is left of it when this fails. `ram`
-        is the descriptor for `plan.ram`.
+        is the descriptor for `plan.ram`, `then` what is done with the stopped machine while its cgroup is being made.
 
         Raises `QemuFailed` with what QEMU wrote to stderr.
         """
@@ -75,6 +77,8 @@ class Machines:
             )
             try:
                 await machine.attach(vm["identity"]["uuid"], disc=vm["disc"])
+                if then is not None:
+                    await then(machine)
             finally:
                 unconfined, recorded = await beside
             if isinstance(unconfined, BaseException) or isinstance(recorded, BaseException):

@@ -61,6 +61,7 @@ async def go_on(ctx: Context) -> None:
     if complaints:
         said = "; ".join(complaints)[:1000]
         raise AgentFailed(f"{vm['name']} could not be made a machine of its own: {said}")
+    await machine.poll_statistics()
     if notes:
         ctx.result["warnings"] = notes
 

@@ -9,6 +9,7 @@ from innkeeper.base.clock import now
 from innkeeper.base.errors import ActionRefused, Conflict, NotFound, PortTaken, QemuFailed
 from innkeeper.base.nofollow import write_file
 from innkeeper.host.memory import check_memory
+from innkeeper.machine.machine import Machine
 from innkeeper.machine.states import LIVE
 from innkeeper.network.ports import is_free, who_listens
 from innkeeper.operations.chains import chain
@@ -121,12 +122,15 @@ async def _start(ctx: Context, vm: Value) -> None:
         await world.machines.start(vm, planned)
         return
     image = await world.find("image", vm["image"]["id"])
-    machine = await world.machines.start(vm, planned, await world.ram.get(image["id"], Path(planned.ram.path)))
     devices = (world.home.image(image["id"]) / image["files"]["devices"]).read_bytes()
     nics = list(zip(image["warm"]["macs"], vm["identity"]["macs"], strict=True))
-    await machine.go_on_from(state_with(devices, nics))
     new = forms(vm["identity"]["uuid"])
-    overwrite(machine.process.pid.number, [(at, new[form]) for at, form in image["warm"]["uuid_at"]])
+
+    async def load(machine: Machine) -> None:
+        await machine.go_on_from(state_with(devices, nics))
+        overwrite(machine.process.pid.number, [(at, new[form]) for at, form in image["warm"]["uuid_at"]])
+
+    await world.machines.start(vm, planned, await world.ram.get(image["id"], Path(planned.ram.path)), load)
 
 
 async def kill(ctx: Context) -> None:
@@ -211,6 +215,8 @@ async def run(ctx: Context) -> None:
         if vm["going_on"]:  # from here on its memory and its disk are one with nothing else: never again from there
             await update(ctx.world.store, f"vm/{vm['id']}", lambda v: v | {"going_on": False})
         await machine.run()
+        if ctx.kind != "vm-fork":  # whose guest has something else to do first
+            await machine.poll_statistics()
         target = {"kind": "vm", "id": vm["id"], "name": vm["name"]}
         accelerator = "KVM" if ctx.world.verdict.name == "kvm" else "software emulation"
         await ctx.world.events.append("vm.started", f"{vm['name']} runs, on {accelerator}", target=target)

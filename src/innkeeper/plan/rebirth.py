@@ -44,33 +44,43 @@ PREPARE = """\
 for key in /etc/ssh/ssh_host_*_key; do
   case "$key" in *'*'*|*_ed25519_key) ;; *) rm -f "$key" "$key.pub" ;; esac
 done
+if systemctl -q is-active ssh.service && systemctl -q cat ssh.socket && [ "$(sshd -T | grep -c '^port 22$')" = 1 ]; then
+  systemctl stop ssh.service && systemctl start ssh.socket
+fi >/dev/null 2>&1
 sync
 """
-"""Before the capture: of the host keys only the one stays that each fork gets its own of."""
+"""Before the capture: of the host keys only the one stays that each fork gets its own of. Where systemd can listen for
+sshd, it starts one when somebody comes, with the keys of then; else the one that runs has to read them again."""
 
 _PERL = rf"""
 sub put {{
   my ($file, $text, $mask) = @_;
   my $before = umask($mask // 022);
   my $to;
-  open($to, ">", $file) && print($to $text) && close($to) or warn "$file: $!\n";
+  open($to, ">", $file) && syswrite($to, $text) or warn "$file: $!\n";
   umask($before);
 }}
-sub get {{ open(my $from, "<", $_[0]) or return ""; local $/; <$from> // "" }}
+sub get {{
+  my ($from, $text) = (undef, "");
+  open($from, "<", $_[0]) and sysread($from, $text, 65536);
+  $text;
+}}
 sub reborn {{
   my %who = @_;
-  my $now = pack("qq", $who{{seconds}}, $who{{microseconds}});
-  syscall(164, $now, 0) == 0 or warn "the clock: $!\n";
   my $noise = pack("H*", $who{{seed}});
   $noise = pack("ii", 8 * length $noise, length $noise) . $noise;
   if (open(my $pool, "+<", "/dev/urandom")) {{
     ioctl($pool, 0x40085203, $noise) && ioctl($pool, 0x5207, 0) or warn "the random pool: $!\n";
   }}
-  put("/proc/sys/kernel/hostname", $who{{name}});
   put("/etc/hostname", "$who{{name}}\n");
   -f && !-l and put($_, "$who{{machine_id}}\n") for "/etc/machine-id", "/var/lib/dbus/machine-id";
   my $hosts = get("/etc/hosts");
   put("/etc/hosts", $hosts) if $hosts =~ s/^127\.0\.1\.1.*/127.0.1.1 $who{{name}}/mg;
+  if (-d "/etc/ssh") {{
+    put("/etc/ssh/ssh_host_ed25519_key", pack("H*", $who{{private}}), 077);
+    put("/etc/ssh/ssh_host_ed25519_key.pub", pack("H*", $who{{public}}));
+  }}
+  # From here on other programs notice, and have work to do.
   socket(my $any, 2, 2, 0);
   opendir(my $nics, "/sys/class/net");
   for my $nic (readdir $nics) {{
@@ -79,9 +89,9 @@ sub reborn {{
     my $request = pack("a16 S a22", $nic, 1, pack("H*", $mac =~ tr/://dr));
     ioctl($any, 0x8924, $request) or warn "the address of $nic: $!\n";
   }}
-  return unless -d "/etc/ssh";
-  put("/etc/ssh/ssh_host_ed25519_key", pack("H*", $who{{private}}), 077);
-  put("/etc/ssh/ssh_host_ed25519_key.pub", pack("H*", $who{{public}}));
+  put("/proc/sys/kernel/hostname", $who{{name}});
+  my $now = pack("qq", $who{{seconds}}, $who{{microseconds}});
+  syscall(164, $now, 0) == 0 or warn "the clock: $!\n";
   get("/run/sshd.pid") =~ /^(\d+)/ and kill("HUP", $1);
 }}
 open(my $port, "+<", $ARGV[0]) or exit 1;

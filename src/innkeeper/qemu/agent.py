@@ -15,9 +15,7 @@ import base64
 import binascii
 import contextlib
 import json
-import os
 import secrets
-import socket
 from collections.abc import AsyncGenerator
 from pathlib import Path
 from types import TracebackType
@@ -30,6 +28,7 @@ from qemu.qmp.qmp_client import BadReplyError
 
 from innkeeper.base.errors import AgentFailed, AgentUnavailable, InvalidInput
 from innkeeper.base.units import MIB, format_size
+from innkeeper.qemu.sockets import connect
 
 LINE_LIMIT = 8 * MIB
 """Bytes of one answer. asyncio buffers up to twice as much before it stops reading."""
@@ -146,7 +145,7 @@ class Agent:
 
     async def dial(self) -> None:
         """Only the host's half of `connect`, for a guest that does not run yet. Raises OSError, `ConnectError`."""
-        connection = await connect_socket(self.folder, self.name)
+        connection = await connect(self.folder, self.name)
         try:
             await self._channel.connect(connection)
         except BaseException:
@@ -318,22 +317,3 @@ async def read_ahead(agent: Agent, handle: int, count: int) -> AsyncGenerator[by
         for task in pending:
             task.cancel()
         await asyncio.gather(*pending, return_exceptions=True)
-
-
-async def connect_socket(folder: Path, name: str) -> socket.socket:
-    """Connects by way of the folder's descriptor, since the path itself may be longer than a socket's 107 bytes."""
-    handle = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-        try:
-            while True:
-                try:
-                    connection.connect(f"/proc/self/fd/{handle}/{name}")
-                    return connection
-                except BlockingIOError:  # the backlog is full: someone else is connected
-                    await asyncio.sleep(0.05)
-        except BaseException:
-            connection.close()
-            raise
-    finally:
-        os.close(handle)

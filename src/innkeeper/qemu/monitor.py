@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import socket
 from collections.abc import AsyncIterator
 from contextlib import suppress
@@ -14,6 +13,7 @@ from qemu.qmp import EventListener, ExecuteError, QMPClient, QMPError
 from qemu.qmp.protocol import Runstate
 
 from innkeeper.base.errors import QemuGone, QmpFailed
+from innkeeper.qemu.sockets import connect
 
 CONNECT_POLL = 0.002
 """Seconds between two looks for the socket of a QEMU that is just starting (it takes about 40 ms to appear)."""
@@ -29,37 +29,32 @@ class Monitor:
     @staticmethod
     async def connect(folder: Path, seconds: float = 10.0) -> Monitor:
         """Connect to `folder`/qmp.sock, waiting for it to appear. Raises `QmpFailed` after `seconds`."""
-        # Through a descriptor of the folder: a socket's path may have 107 bytes only (unix(7)).
-        fd = os.open(folder, os.O_PATH | os.O_DIRECTORY)
         try:
             async with asyncio.timeout(seconds):
                 while True:
-                    client = QMPClient(folder.name)
-                    # Registered before connecting, so that no event is missed.
-                    listener = EventListener()
-                    client.register_listener(listener)
                     try:
-                        await client.connect(f"/proc/self/fd/{fd}/qmp.sock")
-                        return Monitor(client, listener)
-                    except QMPError as error:
-                        if not isinstance(error.__cause__ or getattr(error, "exc", None), OSError):
-                            raise QmpFailed(f"QMP negotiation failed: {error}") from None
-                    await asyncio.sleep(CONNECT_POLL)
+                        return await Monitor.over(await connect(folder, "qmp.sock"), folder.name)
+                    except (FileNotFoundError, ConnectionRefusedError):
+                        await asyncio.sleep(CONNECT_POLL)
         except TimeoutError:
             raise QmpFailed(f"QEMU did not answer on its QMP socket within {seconds:.0f} s") from None
-        finally:
-            os.close(fd)
+        except OSError as error:
+            raise QmpFailed(f"QEMU's QMP socket cannot be used: {error.strerror}") from None
 
     @staticmethod
-    async def over(connection: socket.socket) -> Monitor:
+    async def over(connection: socket.socket, name: str = "errand") -> Monitor:
         """The same over a socket that is connected already. Raises `QmpFailed`."""
-        client, listener = QMPClient("errand"), EventListener()
+        # The listener is registered before connecting, so that no event is missed.
+        client, listener = QMPClient(name), EventListener()
         client.register_listener(listener)
         try:
             async with asyncio.timeout(10.0):
                 await client.connect(connection)
-        except (QMPError, TimeoutError) as error:
-            raise QmpFailed(f"QMP negotiation failed: {error}") from None
+        except BaseException as error:
+            connection.close()
+            if isinstance(error, QMPError | TimeoutError):
+                raise QmpFailed(f"QMP negotiation failed: {error}") from None
+            raise
         return Monitor(client, listener)
 
     @property

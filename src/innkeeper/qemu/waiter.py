@@ -8,7 +8,7 @@ from pathlib import Path
 
 from innkeeper.base.errors import AgentFailed, AgentUnavailable
 from innkeeper.base.units import KIB
-from innkeeper.qemu.agent import connect_socket
+from innkeeper.qemu.sockets import connect
 
 NAME = "rebirth.sock"
 ANSWER = 64 * KIB
@@ -25,7 +25,7 @@ class Waiter:
     async def dial(folder: Path) -> Waiter:
         """Raises `AgentUnavailable`."""
         try:
-            connection = await connect_socket(folder, NAME)
+            connection = await connect(folder, NAME)
         except OSError as error:
             raise AgentUnavailable(f"{folder / NAME} cannot be used: {error.strerror}") from None
         return Waiter(*await asyncio.open_unix_connection(sock=connection, limit=ANSWER))
