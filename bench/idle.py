@@ -26,7 +26,7 @@ def main() -> None:
     with running_daemon("tiny") as daemon:
         assert daemon.process is not None
         for number in range(GUESTS):
-            daemon.inn.launch("tiny", name=f"idle-{number}", memory="128M", cpus=1, disk="1G")
+            daemon.inn.launch("tiny", name=f"idle-{number}", memory="160M", cpus=1, disk="1G")
         time.sleep(5)
         before = cpu(daemon.process.pid)
         time.sleep(SECONDS)

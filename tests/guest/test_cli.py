@@ -119,7 +119,7 @@ def test_the_console_is_the_terminal_until_it_is_left(guest, env):
 
 
 def test_nothing_is_remembered_of_a_guest_that_is_removed(inn, daemon, tmp_path):
-    assert inn("launch", "tiny", "--name", "forgotten", "--memory", "128M", "--no-start").returncode == 0
+    assert inn("launch", "tiny", "--name", "forgotten", "--memory", "160M", "--no-start").returncode == 0
     kept = tmp_path / ".config/innkeeper/guests" / daemon.inn.vm("forgotten").info["id"]
     kept.mkdir(parents=True)
     (kept / "known_hosts").write_text("key")

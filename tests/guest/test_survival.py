@@ -42,7 +42,7 @@ def survivor(own):
 
 
 def launch(daemon, name, **wish):
-    return daemon.inn.launch("tiny", name=name, **({"memory": "128M", "disk": "1G", "cpus": 1} | wish))
+    return daemon.inn.launch("tiny", name=name, **({"memory": "160M", "disk": "1G", "cpus": 1} | wish))
 
 
 def sh(vm, script: str) -> str:

@@ -41,7 +41,7 @@ def inn(daemon, tmp_path):
 
 
 def test_a_life_without_a_guest(inn, daemon):
-    made = inn("launch", "tiny", "--name", "cli-life", "--memory", "128M", "--no-start", "-o", "json")
+    made = inn("launch", "tiny", "--name", "cli-life", "--memory", "160M", "--no-start", "-o", "json")
     assert made.returncode == 0, made.stderr
     assert json.loads(made.stdout)["state"] == "done"
     assert all(line.startswith("cli-life: ") for line in made.stderr.splitlines())
@@ -52,7 +52,7 @@ def test_a_life_without_a_guest(inn, daemon):
     assert json.loads(inn("info", "cli-life", "-o", "json").stdout)["memory"] == 128 << 20
     assert "stopped" in inn("info", "cli-life").stdout
     exported = inn("export", "cli-life").stdout
-    assert "memory: 128M" in exported
+    assert "memory: 160M" in exported
     assert inn("apply", "-f", "-", stdin=exported).stdout == "nothing to do\n"
     again = inn("launch", "tiny", "--name", "cli-life")
     assert again.returncode == 1 and "cli-life" in again.stderr and "→" in again.stderr
@@ -164,7 +164,7 @@ def test_nobody_starts_a_daemon_on_the_folder_of_another(tmp_path):
 
 
 def test_ctrl_c_leaves_the_operation_running(daemon):
-    operation = daemon.inn.create(vm_spec("cli-interrupt", "tiny", memory="128M", disk="1G"))
+    operation = daemon.inn.create(vm_spec("cli-interrupt", "tiny", memory="160M", disk="1G"))
     while operation.poll().document["step"] != "wait-until-ready":
         time.sleep(0.01)
     os.kill(daemon.inn.vm("cli-interrupt").info["pid"], signal.SIGSTOP)  # it will not be ready

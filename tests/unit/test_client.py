@@ -268,7 +268,7 @@ def test_errors_of_a_real_daemon(daemon):
 def test_a_vm_is_made_and_deleted(daemon):
     inn = daemon.inn
     seen: list[str] = []
-    operation = inn.create(vm_spec("sdk-made", "tiny", memory="128M", disk="1G"), start=False)
+    operation = inn.create(vm_spec("sdk-made", "tiny", memory="160M", disk="1G"), start=False)
     operation.wait(lambda one: seen.append(one.state))
     assert seen[-1] == "done" and operation.ended and operation.error is None
     vm = inn.vm("sdk-made")
