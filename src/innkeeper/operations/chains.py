@@ -7,6 +7,7 @@ from pathlib import Path
 from innkeeper.base.errors import StoreFailed
 from innkeeper.operations.world import World
 from innkeeper.plan.chain import Chain, Layer, file_name, node_name
+from innkeeper.plan.snapshot import lineage
 from innkeeper.store.contract import Value
 
 
@@ -62,6 +63,21 @@ def role_of(disk: int) -> str:
 async def own_layers(world: World, vm_id: str) -> list[Value]:
     """All layers in the folder of a VM."""
     return [d.value for d in await world.store.list("layer/") if d.value["vm"] == vm_id]
+
+
+async def clones_of(world: World, vm_id: str) -> list[str]:
+    """Names of the VMs whose disks stand on layers of this one: its linked clones."""
+    layers = {d.value["id"]: d.value for d in await world.store.list("layer/")}
+    own = {layer["id"] for layer in layers.values() if layer["vm"] == vm_id}
+    others = {layer["vm"] for layer in layers.values() if layer["vm"] != vm_id and layer["parent"] in own}
+    return sorted(vm["name"] for vm in await world.vms() if vm["id"] in others)
+
+
+async def linked_to(world: World, vm: Value) -> list[str]:
+    """Names of the VMs that a linked clone shares layers with."""
+    layers = {d.value["id"]: d.value for d in await world.store.list("layer/")}
+    owners = {layers[layer]["vm"] for top in vm["disks"] for layer in lineage(layers, top)} - {vm["id"]}
+    return sorted(other["name"] for other in await world.vms() if other["id"] in owners)
 
 
 def layer_path(world: World, layer: Value) -> Path:

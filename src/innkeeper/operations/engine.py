@@ -366,7 +366,7 @@ class Engine:
             new = document.value | fields | {"updated": now()}
             writes: dict[str, Value | None] = {document.key: new}
             checks = {document.key: document.revision}
-            if release and (hold := new["hold"]):
+            for hold in _held(new) if release else ():
                 held = await self._store.get(hold)
                 if held is not None and (held.value.get("operation") or {}).get("id") == operation:
                     writes[hold] = held.value | {"operation": None}
@@ -394,6 +394,12 @@ def busy(name: str, operation: Mapping[str, Any]) -> MachineBusy:
 
 def _key(operation: str) -> str:
     return f"operation/{operation}"
+
+
+def _held(journal: Value) -> list[str]:
+    """Keys of the documents that an operation holds: none, one, or several where a step has set `data["hold"]` so."""
+    hold = journal["hold"] or []
+    return [hold] if isinstance(hold, str) else hold
 
 
 def _view(journal: Value, revision: int) -> Value:

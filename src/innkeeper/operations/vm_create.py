@@ -46,7 +46,7 @@ async def claim(ctx: Context) -> None:
     if spec.firmware == "uefi" and host.firmware.uefi is None:
         raise Unsupported("this host has no UEFI firmware for guests", hint="apt install ovmf")
     while True:
-        writes, slot, ssh_port = await _claims(ctx, spec)
+        writes, slot, ssh_port = await claims(ctx, spec)
         checks = dict.fromkeys(writes, 0)
         identity = assign(ctx.data["vm"], slot, spec, host, ssh_port)
         image = await world.find("image", spec.image) if spec.image else None
@@ -82,7 +82,7 @@ async def claim(ctx: Context) -> None:
                 raise _taken(spec) from None
 
 
-async def _claims(ctx: Context, spec: VMSpec) -> tuple[dict[str, Value | None], int, int | None]:
+async def claims(ctx: Context, spec: VMSpec) -> tuple[dict[str, Value | None], int, int | None]:
     """Keys that must not exist yet (name, slot, ports), and the slot and the SSH port among them."""
     store, owner = ctx.world.store, {"id": ctx.data["vm"], "name": spec.name}
     if await store.get(f"name/vm/{spec.name}"):

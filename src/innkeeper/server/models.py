@@ -153,6 +153,19 @@ class ForkView(Model):
     operations: list[str]
 
 
+class CloneRequest(Model):
+    """A VM of its own with the disks of another."""
+
+    name: Name
+    linked: bool = Field(
+        default=False, description="Share the source's layers instead of copying them: it cannot be deleted then"
+    )
+    keep_identity: bool = Field(
+        default=False, description="UUID, MACs, hostname, machine-id, SSH host keys as they are"
+    )
+    quiesce: bool = Field(default=False, description="Have the source's guest freeze its file systems for the moment")
+
+
 class ActionRequest(Model):
     """How to do it."""
 

@@ -10,11 +10,13 @@ from fastapi.responses import JSONResponse
 
 from innkeeper.base.errors import InvalidInput, NameTaken, Unsupported
 from innkeeper.base.units import format_size
+from innkeeper.operations import vm_clone
 from innkeeper.operations.vm_create import arguments
+from innkeeper.operations.vm_delete import check_alone
 from innkeeper.operations.world import World
 from innkeeper.plan import ignition, seed
 from innkeeper.server.context import Ctx, VMName, accepted
-from innkeeper.server.models import ActionRequest, OperationView, SSHView, VMRequest, VMView
+from innkeeper.server.models import ActionRequest, CloneRequest, OperationView, SSHView, VMRequest, VMView
 from innkeeper.server.views import user
 from innkeeper.spec.vm import VMSpec
 from innkeeper.store.contract import Value
@@ -89,7 +91,17 @@ async def get_vm(ctx: Ctx, vm: VMName) -> Response:
 async def delete_vm(
     ctx: Ctx, vm: VMName, force: Annotated[bool, Query(description="Also when it runs or is busy")] = False
 ) -> Response:
+    await check_alone(ctx.world, await ctx.world.find("vm", vm))
     return accepted(await ctx.act(vm, "delete", {"force": force}))
+
+
+@router.post("/{vm}/clone", response_model=OperationView, status_code=202, summary="Clone a VM, running or not")
+async def clone_vm(ctx: Ctx, vm: VMName, body: CloneRequest) -> Response:
+    source = await ctx.admitted(vm, "clone")
+    await vm_clone.check(ctx.world, source, body.name, linked=body.linked)
+    args = vm_clone.arguments(body.name, linked=body.linked, keep_identity=body.keep_identity, quiesce=body.quiesce)
+    target = {"kind": "vm", "id": source["id"], "name": source["name"]}
+    return accepted(await ctx.engine.submit("vm-clone", target, args, hold=f"vm/{source['id']}"))
 
 
 @router.post("/{vm}/actions/{action}", response_model=OperationView, status_code=202, summary="Act on a VM")
