@@ -364,6 +364,33 @@ def itself(house: House) -> None:
     assert due is False or house.latest("vm-start").state == "failed"
 
 
+# --- templates ---
+
+SEALED = f"{NAME}-golden"
+
+
+def have_used_disks(house: House) -> None:
+    have_image(house)
+    house.inn.create(spec(image=NAME, disks=DISKS), start=False).wait()
+
+
+def seal(inn: Innkeeper) -> Operation:
+    """Nobody looks into it: there is no image here to do that with."""
+    return inn.template_create(NAME, SEALED, accept=True)
+
+
+def sealed(house: House) -> None:
+    template = house.inn.image(SEALED)
+    assert template["name"] == f"{SEALED}:1" and template["template"]["disks"] == [1 << 20] * 2
+    assert len(template["files"]) == 2 * 4  # of each disk all layers
+    assert house.inn.image(NAME)["users"] == [NAME, f"{SEALED}:1"]
+
+
+def not_sealed(house: House) -> None:
+    assert [image["name"] for image in house.inn.images()] == [NAME]
+    assert snapshots(house) == ["first", "second", "third"]
+
+
 SCENARIOS: dict[str, Scenario] = {
     "image-build": Scenario(build(), listed, not_listed),
     "image-build, replacing": Scenario(build(replace=True), replaced, not_replaced, have_image),
@@ -371,6 +398,8 @@ SCENARIOS: dict[str, Scenario] = {
     "image-import": Scenario(import_, listed, not_listed),
     "image-pull": Scenario(pull, listed, not_listed),
     "image-delete": Scenario(lambda inn: inn.image_delete(NAME), not_listed, listed, have_image),
+    "image-verify": Scenario(lambda inn: inn.image_verify(NAME), listed, listed, have_image),
+    "template-create": Scenario(seal, sealed, not_sealed, have_snapshots(have_used_disks)),
     "template-warm": Scenario(warm, warmed, not_warmed, have_image),
     "vm-fork": Scenario(lambda inn: inn.forks(WARM, [NAME])[0], state("running"), gone, have_warm),
     "vm-create": Scenario(lambda inn: inn.create(spec(), start=False), state("stopped"), gone),

@@ -7,6 +7,8 @@ from innkeeper.cli.parser import duration, size
 from innkeeper.cli.table import Argument as A
 from innkeeper.cli.table import Command as C
 
+TEMPLATE = A(("image",), "name of the template, or T:V for one version", {"metavar": "T"}, "image")
+
 COPIES: tuple[C, ...] = (
     C(
         "clone",
@@ -30,6 +32,68 @@ COPIES: tuple[C, ...] = (
         "document",
         "The clone is stopped, has no snapshots and publishes no ports. At its first start it becomes a machine of its "
         "own, also inside.",
+    ),
+    C(
+        "template create",
+        COPIES_OF,
+        "seal the disks of a stopped VM as a template",
+        "templates:create",
+        (
+            VM,
+            A(("--name",), "name of the template", {"metavar": "T", "required": True}),
+            A(("--version",), "version; the next number by default", {"metavar": "V"}),
+            A(
+                ("--clean",),
+                "remove host keys, machine-id, histories and what cloud-init left; VM keeps them",
+                {"action": "store_true"},
+            ),
+            A(("--accept",), "seal it with whatever is found in it", {"action": "store_true"}),
+            A(("--note",), "free text for people", {"metavar": "TEXT", "default": ""}),
+            NO_WAIT,
+        ),
+        ("inn template create web --name web --clean", "inn template create web --name web --version 2026-11"),
+        "document",
+        "The disks are scanned for what must not be in an image: private keys, host keys, machine-id, histories, what "
+        "cloud-init left, password hashes, tokens. What is found is listed, and refused without --accept. "
+        "inn launch T starts from the newest version, T:V from that one.",
+    ),
+    C("template ls", COPIES_OF, "list templates", "templates:ls", (), ("inn template ls",), "list"),
+    C(
+        "template info",
+        COPIES_OF,
+        "everything about a template, the newest version or one of them",
+        "images:info",
+        (TEMPLATE,),
+        ("inn template info web", "inn template info web:2"),
+        "document",
+    ),
+    C(
+        "template history",
+        COPIES_OF,
+        "the versions of a template, and what it stands on",
+        "templates:history",
+        (TEMPLATE,),
+        ("inn template history web",),
+        "document",
+    ),
+    C(
+        "template verify",
+        COPIES_OF,
+        "prove that nobody has changed a template, or any image",
+        "templates:verify",
+        (A(("images",), "templates or images", {"metavar": "T", "nargs": "+"}, "image"), NO_WAIT),
+        ("inn template verify web", "inn template verify debian-12"),
+        "list",
+        "Reads all of it and compares digests. An image that was changed by hand starts nothing any more.",
+    ),
+    C(
+        "template rm",
+        COPIES_OF,
+        "remove versions of templates on which nothing stands",
+        "images:remove",
+        (A(("images",), "T:V; of T the newest version", {"metavar": "T", "nargs": "+"}, "image"), NO_WAIT),
+        ("inn template rm web:1",),
+        "list",
     ),
     C(
         "template warm",

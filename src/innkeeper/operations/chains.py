@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from pathlib import Path
 
 from innkeeper.base.errors import StoreFailed
@@ -9,6 +11,9 @@ from innkeeper.operations.world import World
 from innkeeper.plan.chain import Chain, Layer, file_name, node_name
 from innkeeper.plan.snapshot import lineage
 from innkeeper.store.contract import Value
+
+PRIVATE = ("warm", "template")
+"""Kinds of images that only the daemon may read: what somebody's guest had in memory or on disk is in them."""
 
 
 async def chain(world: World, vm_id: str, layer_id: str, *, absolute: bool = False) -> Chain:
@@ -42,17 +47,25 @@ def _path(world: World, vm_id: str, layer: Value, absolute: bool) -> str:
 
 
 async def _image_layers(world: World, image_id: str, disk: int) -> list[Layer]:
-    """Top first: the image's own file, and those of the images that it stands on."""
+    """Top first: the image's own files, and those of the images that it stands on."""
     found: list[Layer] = []
     above: str | None = image_id
     while above is not None:
         image = await world.find("image", above)
-        role = role_of(disk)
-        if role in image["files"]:
+        for role in roles_of(disk, image):
             path = world.home.image(image["id"]) / image["files"][role]
-            found.append(Layer(f"disk{disk}-image-{len(found)}", str(path), handed=image["kind"] == "warm"))
+            found.append(Layer(f"disk{disk}-image-{len(found)}", str(path), handed=image["kind"] in PRIVATE))
         above = image.get("base")
     return found
+
+
+def roles_of(disk: int, image: Value) -> Iterator[str]:
+    """The roles under which an image has the layers of a disk, the top one first."""
+    for number in itertools.count():
+        role = f"{role_of(disk)}-below{number}" if number else role_of(disk)
+        if role not in image["files"]:
+            return
+        yield role
 
 
 def role_of(disk: int) -> str:

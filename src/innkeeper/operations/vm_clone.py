@@ -22,6 +22,7 @@ from innkeeper.operations import snapshot_create, vm_create
 from innkeeper.operations.chains import layer_path
 from innkeeper.operations.consolidate import abandon, consolidate
 from innkeeper.operations.engine import Context, Step, Verb
+from innkeeper.operations.image_verify import check_untouched
 from innkeeper.operations.snapshots import MOST_NVRAM, all_layers, check_new, drop_layers, drop_nvram
 from innkeeper.operations.world import World
 from innkeeper.plan.chain import layer_record
@@ -53,6 +54,7 @@ async def claim(ctx: Context) -> None:
     world, source = ctx.world, await _source(ctx)
     if "vm" not in ctx.data:
         await check(world, source, ctx.args["new"], linked=ctx.args["linked"])
+        await check_untouched(world, source["image"]["id"] if source["image"] else None)
         await _decide(ctx, source)
     if await world.store.get(f"vm/{ctx.data['vm']}"):
         return  # claimed before the daemon died

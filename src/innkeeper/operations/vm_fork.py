@@ -61,12 +61,17 @@ async def _greet(machine: Machine) -> None:
         return
 
 
+def warm_name(image: str) -> str:
+    """What a warm image of this one is called, by default: of `web:2` it is `web-2-warm`."""
+    return f"{image.replace(':', '-')}{SUFFIX}"
+
+
 async def find_warm(world: World, name: str) -> Value:
     """The warm image of this name, or the one that was made of the image of this name. Raises `NotFound`,
     `Unsupported` for one that this host cannot go on from."""
     image = await world.find("image", name)
     if image["kind"] != "warm":
-        pointer = await world.store.get(f"name/image/{name}{SUFFIX}")
+        pointer = await world.store.get(f"name/image/{warm_name(name)}")
         if pointer is None or pointer.value.get("pending"):
             raise ActionRefused(f"image {name} is not warm", hint=f"inn template warm {name} makes a warm one of it")
         image = await world.find("image", pointer.value["id"])

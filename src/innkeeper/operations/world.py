@@ -12,7 +12,7 @@ from innkeeper.host.facts import HostFacts, QemuFacts
 from innkeeper.host.gather import gather
 from innkeeper.machine.machines import Machines
 from innkeeper.qemu.ram import RamImages
-from innkeeper.store.contract import Store, Value
+from innkeeper.store.contract import Document, Store, Value
 from innkeeper.store.events import EventLog
 
 FRESH = 0.2
@@ -53,11 +53,20 @@ class World:
         """The document of a VM or image by name or id. Raises `NotFound`."""
         pointer = await self.store.get(f"name/{kind}/{name}")
         document = await self.store.get(f"{kind}/{pointer.value['id'] if pointer else name}")
+        if document is None and kind == "image":
+            document = await self._newest(name)
         if document is None:
             command = "inn ls" if kind == "vm" else "inn image ls"
             noun = "VM" if kind == "vm" else kind
             raise NotFound(f"there is no {noun} {name!r}", hint=f"{command} shows what there is", name=name)
         return document.value
+
+    async def _newest(self, template: str) -> Document | None:
+        """Of a template's versions the one that was sealed last."""
+        versions = await self.store.list(f"name/image/{template}:")
+        found = [await self.store.get(f"image/{version.value['id']}") for version in versions]
+        sealed = [document for document in found if document is not None and document.value["kind"] == "template"]
+        return max(sealed, key=lambda document: str(document.value["created"]), default=None)
 
     async def vms(self) -> list[Value]:
         """All VM documents."""

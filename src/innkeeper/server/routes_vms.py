@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Response
 from fastapi.responses import JSONResponse
@@ -18,6 +18,7 @@ from innkeeper.plan import ignition, seed
 from innkeeper.server.context import Ctx, VMName, accepted
 from innkeeper.server.models import ActionRequest, CloneRequest, OperationView, SSHView, VMRequest, VMView
 from innkeeper.server.views import user
+from innkeeper.spec.disk import DiskSpec
 from innkeeper.spec.vm import VMSpec
 from innkeeper.store.contract import Value
 
@@ -41,11 +42,23 @@ async def list_vms(ctx: Ctx) -> Response:
 
 @router.post("", response_model=OperationView, status_code=202, summary="Make a VM, start it, wait until it is ready")
 async def create_vm(ctx: Ctx, body: VMRequest) -> Response:
-    await check(ctx.world, body.spec)
+    spec = await as_sealed(ctx.world, body.spec)
+    await check(ctx.world, spec)
     kind = "vm-launch" if body.start else "vm-create"
-    args = arguments(body.spec, kind, wait=body.wait, force=body.force, timeout=body.timeout)
+    args = arguments(spec, kind, wait=body.wait, force=body.force, timeout=body.timeout)
     target = {"kind": "vm", "id": None, "name": body.spec.name}
     return accepted(await ctx.engine.submit(kind, target, args))
+
+
+async def as_sealed(world: World, spec: VMSpec) -> VMSpec:
+    """Of a template's VM, what nobody has asked for otherwise is as the sealed one had it: disks and firmware."""
+    image = await world.find("image", spec.image) if spec.image else {}
+    if not (template := image.get("template")):
+        return spec
+    sealed: dict[str, Any] = {
+        "disks": tuple(DiskSpec(size=size) for size in template["disks"]), "firmware": template["firmware"]
+    }  # fmt: skip
+    return spec.model_copy(update={key: value for key, value in sealed.items() if key not in spec.model_fields_set})
 
 
 async def check(world: World, spec: VMSpec) -> None:
