@@ -41,11 +41,14 @@ async def prepare(ctx: Context) -> None:
     vm = await _vm(ctx)
     if "layers" not in ctx.data:
         await check_new(ctx.world, vm, ctx.args["name"])
-        ctx.data |= {
-            "snapshot": new_id(), "layers": [new_id() for _ in vm["disks"]], "old": vm["disks"], "at": vm.get("at"),
-        }  # fmt: skip
+        ctx.data |= decide(vm)
         await ctx.save()
     await add_layers(ctx, vm, ctx.data["layers"], ctx.data["old"])
+
+
+def decide(vm: Value) -> Value:
+    """For the journal: the ids of all that will be new, and what there was before."""
+    return {"snapshot": new_id(), "layers": [new_id() for _ in vm["disks"]], "old": vm["disks"], "at": vm.get("at")}
 
 
 async def unprepare(ctx: Context) -> None:

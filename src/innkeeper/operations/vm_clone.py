@@ -37,6 +37,8 @@ from innkeeper.store.contract import Value, update
 
 MOST_LAYER = 65 * TIB
 """Bytes of a layer's file: the largest disk there may be, and its tables."""
+LASTING = 86400.0
+"""Seconds for which what a clone is told of the host does not change: whether the daemon is root, and its QEMU."""
 MOST_SEED = 16 * 1024 * 1024
 """Bytes of a seed or an Ignition file, generously."""
 
@@ -60,7 +62,7 @@ async def claim(ctx: Context) -> None:
         return  # claimed before the daemon died
     secret, layers = await world.store.get(f"secret/vm/{source['id']}"), await _layers(ctx, source)
     assert secret is not None
-    keep, host = ctx.args["keep_identity"], await world.host_with_qemu()
+    keep, host = ctx.args["keep_identity"], await world.host_with_qemu(LASTING)
     spec = clone_spec(source, ctx.args["new"], keep_identity=keep)
     while True:
         writes, slot, ssh_port = await vm_create.claims(ctx, spec)
@@ -99,6 +101,8 @@ async def _decide(ctx: Context, source: Value) -> None:
         "copies": {each: new_id() for each in copied},  # the source's layer → the clone's
         "changes_over": bool(tops) and (linked or ctx.world.machines.get(source["id"]) is not None),
     }
+    if ctx.data["changes_over"]:
+        ctx.data |= snapshot_create.decide(source)
     ctx.data["tops"] = [new_id() for _ in tops] if linked else [ctx.data["copies"][top] for top in tops]
     ctx.data["hold"] = [f"vm/{source['id']}", f"vm/{ctx.data['vm']}"]
     await ctx.save()
@@ -206,8 +210,8 @@ async def settle(ctx: Context) -> None:
 
 async def merge(ctx: Context) -> None:
     """The source is as it was: what it wrote meanwhile is merged. What a linked clone stands on stays."""
-    await _tidy(ctx)
-    ctx.result["vm"] = ctx.args["new"]
+    if not _not_merged(ctx):
+        await _tidy(ctx)
 
 
 async def _tidy(ctx: Context) -> None:
@@ -219,15 +223,27 @@ async def _source(ctx: Context) -> Value:
     return await ctx.world.find("vm", ctx.target["id"])
 
 
+def _stays(ctx: Context) -> bool:
+    return not ctx.data["changes_over"]
+
+
+def _not_frozen(ctx: Context) -> bool:
+    return not ctx.args["quiesce"]
+
+
+def _not_merged(ctx: Context) -> bool:
+    return _stays(ctx) or bool(ctx.args["linked"])
+
+
 STEPS = (
     Step("claim", claim, unclaim),
-    Step("prepare", prepare, unprepare),
-    Step("freeze", snapshot_create.freeze, snapshot_create.thaw),
-    Step("switch", switch, unswitch),
-    Step("thaw", snapshot_create.thaw),
+    Step("prepare", prepare, unprepare, idle=_stays),
+    Step("freeze", snapshot_create.freeze, snapshot_create.thaw, idle=_not_frozen),
+    Step("switch", switch, unswitch, idle=_stays),
+    Step("thaw", snapshot_create.thaw, idle=_not_frozen),
     Step("copy", copy, vm_create.remove_files),
     Step("settle", settle, vm_create.unsettle),
-    Step("merge", merge, abandon, keep=True),
+    Step("merge", merge, abandon, keep=True, idle=_not_merged),
 )
 VERB = Verb("vm-clone", STEPS)
 

@@ -31,15 +31,15 @@ class World:
     ram: RamImages = field(default_factory=RamImages)
     _host: tuple[float, HostFacts | None] = (0.0, None)
 
-    async def host(self) -> HostFacts:
-        """The facts, `FRESH` seconds old at most: an operation asks several times."""
+    async def host(self, age: float = FRESH) -> HostFacts:
+        """The facts, `age` seconds old at most: an operation asks several times."""
         read, facts = self._host
-        if facts is None or monotonic() - read > FRESH:
+        if facts is None or monotonic() - read > age:
             facts = await gather(self.home, self.verdict, self.qemu)
             self._host = (monotonic(), facts)
         return facts
 
-    async def host_with_qemu(self) -> HostFacts:
+    async def host_with_qemu(self, age: float = FRESH) -> HostFacts:
         """The same; `ToolMissing` where there is no QEMU."""
         if self.qemu is None:
             raise ToolMissing(
@@ -47,7 +47,7 @@ class World:
                 hint="apt install qemu-system-x86, then inn daemon stop && inn daemon start",
                 package="qemu-system-x86",
             )
-        return await self.host()
+        return await self.host(age)
 
     async def find(self, kind: str, name: str) -> Value:
         """The document of a VM or image by name or id. Raises `NotFound`."""
