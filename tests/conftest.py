@@ -20,7 +20,8 @@ import pytest
 
 from innkeeper.base.home import Home
 from innkeeper.client import Innkeeper
-from innkeeper.operations.image_make import _digest, _fields
+from innkeeper.operations.image_make import _fields
+from innkeeper.operations.image_verify import digest as _digest
 from innkeeper.qemu.process import Pid, find
 from innkeeper.spec.image import Image
 from innkeeper.spec.recipe import load_recipe

@@ -22,7 +22,7 @@ from forking import ForkServer
 
 from innkeeper.client.errors import ApiError, DaemonUnreachable
 from innkeeper.client.operation import Operation
-from innkeeper.operations.image_make import _digest
+from innkeeper.operations.image_verify import digest as _digest
 from innkeeper.plan.chain import file_name
 from innkeeper.qemu import cgroup
 from innkeeper.qemu.process import Pid
@@ -116,7 +116,7 @@ class House(Daemon):
         """Delete everything; nothing but history may be left."""
         for vm in self.inn.vms():
             self.inn.vm(vm["name"]).delete(force=True)
-        for image in sorted(self.inn.images(), key=lambda image: image["kind"] != "warm"):  # those that stand on others
+        for image in sorted(self.inn.images(), key=lambda image: not image["base"]):  # those that stand on others
             if image["name"] != "tiny":
                 self.inn.image_delete(image["name"]).wait()
         self.check()

@@ -296,6 +296,101 @@ def not_restored(house: House) -> None:
     chains(house)
 
 
+# --- clones ---
+
+CLONE = "another"
+
+
+def clone(**options: Any) -> Callable[[Innkeeper], Operation]:
+    return lambda inn: inn.vm(NAME).clone(CLONE, **options)
+
+
+def layers_of(house: House, name: str) -> list[list[dict[str, Any]]]:
+    """The layers of each disk of a VM, the top one first."""
+    documents = house.documents()
+    found = []
+    for at in documents[f"vm/{house.inn.vm(name).info['id']}"]["disks"]:
+        found.append([])
+        while at is not None:
+            found[-1].append(documents[f"layer/{at}"])
+            at = found[-1][-1]["parent"]
+    return found
+
+
+def cloned(source_layers: int, clone_layers: int) -> Callable[[House], None]:
+    """The source is as it was, and the clone is whole. `clone_layers`: of its own."""
+
+    def look(house: House) -> None:
+        source, made = house.inn.vm(NAME).info, house.inn.vm(CLONE).info
+        assert made["state"] == "stopped" and made["cloned_from"] == NAME
+        assert made["machine"]["uuid"] != source["machine"]["uuid"] and made["forwards"] == []
+        if house.latest("vm-clone").state == "failed":  # what was not merged then is merged now
+            house.inn.vm(NAME).snapshots.prune().wait()
+        assert [len(disk) for disk in layers_of(house, NAME)] == [source_layers] * 2
+        for ours, theirs in zip(layers_of(house, CLONE), layers_of(house, NAME), strict=True):
+            own = [layer for layer in ours if layer["vm"] == made["id"]]
+            assert len(own) == clone_layers
+            if source["state"] == "stopped" and own == ours:  # nobody has written to either since
+                assert [_bytes(house, layer) for layer in ours] == [_bytes(house, layer) for layer in theirs]
+        uefi = [(house.home.vm(vm["id"]) / "nvram.fd").exists() for vm in (source, made)]
+        assert uefi[0] == uefi[1]
+        chains(house)
+
+    return look
+
+
+def _bytes(house: House, layer: dict[str, Any]) -> bytes:
+    return (house.home.vm(layer["vm"]) / file_name(layer)).read_bytes()
+
+
+def not_cloned(layers: int) -> Callable[[House], None]:
+    def look(house: House) -> None:
+        assert [vm["name"] for vm in house.inn.vms()] == [NAME]
+        assert [len(disk) for disk in layers_of(house, NAME)] == [layers] * 2
+        chains(house)
+
+    return look
+
+
+def have_clone(house: House) -> None:
+    """The clone is the one that is called `NAME`."""
+    house.inn.create(spec("source"), start=False).wait()
+    house.inn.vm("source").clone(NAME).wait()
+
+
+def itself(house: House) -> None:
+    state("running")(house)
+    due = house.documents()[f"vm/{house.inn.vm(NAME).info['id']}"]["identity_due"]
+    assert due is False or house.latest("vm-start").state == "failed"
+
+
+# --- templates ---
+
+SEALED = f"{NAME}-golden"
+
+
+def have_used_disks(house: House) -> None:
+    have_image(house)
+    house.inn.create(spec(image=NAME, disks=DISKS), start=False).wait()
+
+
+def seal(inn: Innkeeper) -> Operation:
+    """Nobody looks into it: there is no image here to do that with."""
+    return inn.template_create(NAME, SEALED, accept=True)
+
+
+def sealed(house: House) -> None:
+    template = house.inn.image(SEALED)
+    assert template["name"] == f"{SEALED}:1" and template["template"]["disks"] == [1 << 20] * 2
+    assert len(template["files"]) == 2 * 4  # of each disk all layers
+    assert house.inn.image(NAME)["users"] == [NAME, f"{SEALED}:1"]
+
+
+def not_sealed(house: House) -> None:
+    assert [image["name"] for image in house.inn.images()] == [NAME]
+    assert snapshots(house) == ["first", "second", "third"]
+
+
 SCENARIOS: dict[str, Scenario] = {
     "image-build": Scenario(build(), listed, not_listed),
     "image-build, replacing": Scenario(build(replace=True), replaced, not_replaced, have_image),
@@ -303,11 +398,18 @@ SCENARIOS: dict[str, Scenario] = {
     "image-import": Scenario(import_, listed, not_listed),
     "image-pull": Scenario(pull, listed, not_listed),
     "image-delete": Scenario(lambda inn: inn.image_delete(NAME), not_listed, listed, have_image),
+    "image-verify": Scenario(lambda inn: inn.image_verify(NAME), listed, listed, have_image),
+    "template-create": Scenario(seal, sealed, not_sealed, have_snapshots(have_used_disks)),
     "template-warm": Scenario(warm, warmed, not_warmed, have_image),
     "vm-fork": Scenario(lambda inn: inn.forks(WARM, [NAME])[0], state("running"), gone, have_warm),
     "vm-create": Scenario(lambda inn: inn.create(spec(), start=False), state("stopped"), gone),
     "vm-launch": Scenario(lambda inn: inn.create(spec(), ready=False), state("running"), gone),
+    "vm-clone": Scenario(clone(), cloned(1, 1), not_cloned(1), run_uefi),
+    "vm-clone, linked": Scenario(clone(linked=True), cloned(2, 1), not_cloned(1), run_uefi),
+    "vm-clone, stopped": Scenario(clone(), cloned(4, 4), not_cloned(4), have_snapshots(make_two_disks)),
+    "vm-clone, stopped and linked": Scenario(clone(linked=True), cloned(2, 1), not_cloned(1), make_two_disks),
     "vm-start": Scenario(act("start"), state("running"), state("stopped"), make),
+    "vm-start, a clone": Scenario(act("start"), itself, state("stopped"), have_clone),
     "vm-stop": Scenario(act("stop", force=True), state("stopped"), state("running", "stopped"), run),
     "vm-restart": Scenario(act("restart", force=True), state("running"), state("running", "stopped"), run),
     "vm-pause": Scenario(act("pause"), state("paused"), state("running"), run),

@@ -14,6 +14,7 @@ import pytest
 
 from innkeeper.base.errors import ImageUnsafe, InvalidInput, NotFound, PoolFull, ToolFailed
 from innkeeper.storage import convert as convert_module
+from innkeeper.storage import copy as copy_module
 from innkeeper.storage.convert import convert, create_overlay, image_check, room_for, stage
 from innkeeper.storage.formats import inspect, qcow2
 
@@ -292,8 +293,8 @@ async def test_stage_keeps_holes_and_refuses_what_is_no_file(disk: Path, tmp_pat
 
 
 async def test_stage_without_room(disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(convert_module, "room_for", lambda folder: 1000)
-    monkeypatch.setattr(convert_module, "_clone", lambda source, target: False)
+    monkeypatch.setattr(copy_module, "room_for", lambda folder: 1000)
+    monkeypatch.setattr(copy_module, "share", lambda source, target: False)
     with pytest.raises(PoolFull):
         await stage(disk, tmp_path / "copy", report=quiet)
     assert not (tmp_path / "copy").exists()
@@ -304,8 +305,8 @@ async def test_stage_is_cancelled_cleanly(tmp_path: Path, monkeypatch: pytest.Mo
     with source.open("wb") as file:
         for _ in range(64):
             file.write(bytes(1 << 20))
-    monkeypatch.setattr(convert_module, "_clone", lambda source, target: False)
-    monkeypatch.setattr(convert_module, "_CHUNK", 4096)
+    monkeypatch.setattr(copy_module, "share", lambda source, target: False)
+    monkeypatch.setattr(copy_module, "BLOCK", 4096)
     started = asyncio.Event()
     task = asyncio.create_task(stage(source, tmp_path / "copy", report=lambda *_: started.set()))
     await started.wait()

@@ -36,6 +36,8 @@ def tree(*edges: str) -> dict[str, dict]:
         (tree("a", "b"), ["b"], [], Drop("a")),
         (tree("a", "a>b") | {"x": layer("x", "a", vm="w")}, ["b"], [], None),
         (tree("a", "b") | {"x": layer("x", "a", vm="w")}, ["b"], [], None),  # another VM stands on it
+        (tree("a", "a>b", "b>c") | {"x": layer("x", "b", vm="w")}, ["c"], [], None),  # and on what is below
+        (tree("a", "a>b", "b>c", "c>d") | {"x": layer("x", "a", vm="w")}, ["d"], [], Join("b", "c")),
     ],
 )
 def test_the_next_layer_that_can_go(layers, tops, snapshots, wanted):

@@ -97,6 +97,18 @@ class InUse(InnkeeperError):
     status = 409
 
 
+class ImageChanged(InnkeeperError):
+    """A file of an image is not as it was when the image was made; `facts["files"]` names it."""
+
+    status = 409
+
+
+class NotSealed(InnkeeperError):
+    """A template would have in it what must not be there; `facts["findings"]` lists it."""
+
+    status = 409
+
+
 # --- the request is refused as things are ---
 
 

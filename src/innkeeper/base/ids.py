@@ -14,6 +14,11 @@ IMAGE_NAME_PATTERN = r"^[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?$"
 """As a name, with dots and underscores: `debian-12.8`."""
 
 
+VERSION_PATTERN = r"^[a-z0-9]([a-z0-9._-]{0,29}[a-z0-9])?$"
+IMAGE_REFERENCE_PATTERN = rf"{IMAGE_NAME_PATTERN[:-1]}(:{VERSION_PATTERN[1:-1]})?$"
+"""An image's name, or one version of a template: `web:2`."""
+
+
 def new_id() -> str:
     """48 random bits as 12 lower-case hex digits: short enough to type, and a file name anywhere."""
     return secrets.token_hex(6)

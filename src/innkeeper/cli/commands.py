@@ -2,33 +2,26 @@
 
 from __future__ import annotations
 
+from innkeeper.cli.arguments import (
+    AS_FILES,
+    FOLLOW,
+    FORMAT,
+    HOST,
+    IMAGE,
+    IMAGES,
+    INSIDE,
+    MACHINES,
+    NO_WAIT,
+    SNAPSHOT,
+    SNAPSHOTS,
+    TIMEOUT,
+    VM,
+    VMS,
+)
+from innkeeper.cli.commands_copies import COPIES
 from innkeeper.cli.parser import duration, lifetime, ports, size
 from innkeeper.cli.table import Argument as A
 from innkeeper.cli.table import Command as C
-
-FORMATS = ("qcow2", "raw", "vmdk", "vdi", "vhdx", "vpc")
-
-VM = A(("vm",), "name or id of the VM", {"metavar": "VM"}, "vm")
-VMS = A(("vms",), "names or ids of VMs", {"metavar": "VM", "nargs": "+"}, "vm")
-IMAGE = A(("image",), "name of the image", {"metavar": "IMAGE"}, "image")
-NO_WAIT = A(("--no-wait",), "return at once and print the operation's id", {"action": "store_true"})
-FOLLOW = A(("-f", "--follow"), "go on as more comes, until ctrl-C", {"action": "store_true"})
-FORMAT = A(("--format",), "its format, told from the file's header by default", {"choices": FORMATS})
-TIMEOUT = A(
-    ("--timeout",), "how long the guest may take, like 90s; then it fails", {"metavar": "TIME", "type": duration}
-)
-
-SNAPSHOT = A(("snapshot",), "name or id of the snapshot", {"metavar": "SNAP"})
-
-MACHINES, IMAGES, SNAPSHOTS, FORKS, INSIDE, AS_FILES, HOST = (
-    "Virtual machines",
-    "Images",
-    "Snapshots",
-    "Forks",
-    "Inside a guest",
-    "Declarative files",
-    "Host and daemon",
-)
 
 COMMANDS: tuple[C, ...] = (
     C(
@@ -402,71 +395,7 @@ COMMANDS: tuple[C, ...] = (
         ("inn snapshot prune web", "inn snapshot prune web --automatic"),
         "document",
     ),
-    C(
-        "template warm",
-        FORKS,
-        "boot an image, and capture the running guest to fork it",
-        "forks:warm",
-        (
-            IMAGE,
-            A(("--name",), "name of the warm image; IMAGE-warm by default", {"metavar": "N"}),
-            A(("--cpus",), "vCPUs (default 2)", {"metavar": "N", "type": int}),
-            A(("--memory",), "RAM, like 1G (default 1G)", {"metavar": "SIZE", "type": size, "default": 1 << 30}),
-            A(
-                ("--disk",),
-                "size of the first disk, like 20G (default 20G); repeat for more disks",
-                {"metavar": "SIZE", "action": "append", "type": size},
-            ),
-            A(("--firmware",), "bios (default) or uefi", {"choices": ("bios", "uefi")}),
-            A(
-                ("--ssh-key",),
-                "public key, or private key beside its .pub; by default those in ~/.ssh, or one that is made",
-                {"metavar": "FILE", "action": "append"},
-                "file",
-            ),
-            A(("--user-data",), "cloud-init user-data; - is stdin", {"metavar": "FILE"}, "file"),
-            A(("--until",), "shell command in the guest that has to end well before", {"metavar": "CMD"}),
-            A(("--refresh",), "make it anew where there is one", {"action": "store_true"}),
-            TIMEOUT,
-            NO_WAIT,
-        ),
-        (
-            "inn template warm debian-12",
-            "inn template warm debian-12 --name ci --user-data ci.yaml --until 'systemctl is-active docker'",
-        ),
-        "document",
-        "Each fork goes on where the captured guest was. Forks cannot publish ports; their SSH is forwarded.",
-    ),
-    C(
-        "fork",
-        FORKS,
-        "make running copies of a warm image",
-        "forks:fork",
-        (
-            IMAGE,
-            A(("--name",), "its name; with --count its beginning; a friendly one by default", {"metavar": "N"}),
-            A(("--count",), "how many (default 1)", {"metavar": "N", "type": int, "default": 1}),
-            A(("--rm",), "delete it when the command has ended", {"action": "store_true"}),
-            A(("--ttl",), "delete it by itself after this time, like 10m", {"metavar": "TIME", "type": duration}),
-            A(("--force",), "even where the host has too little memory", {"action": "store_true"}),
-            A(
-                ("--env", "-e"),
-                "environment variable of the command, K=V, or K with its value here; may be repeated",
-                {"metavar": "K[=V]", "action": "append"},
-            ),
-            A(("--cwd",), "folder to run the command in", {"metavar": "DIR"}),
-            A(("--timeout",), "how long the command may take, like 90s", {"metavar": "TIME", "type": duration}),
-            A(("--no-stdin",), "do not pass our stdin on", {"action": "store_true"}),
-            NO_WAIT,
-        ),
-        (
-            "inn fork debian-12 --rm -- python3 -c 'print(6*7)'",
-            "inn fork debian-12-warm --count 20 --ttl 1h",
-        ),
-        "list",
-        "Every fork is a machine of its own: hostname, machine-id, SSH host key, MAC, random seed.",
-        rest=True,
-    ),
+    *COPIES,
     C(
         "apply",
         AS_FILES,

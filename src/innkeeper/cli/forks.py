@@ -22,7 +22,7 @@ from innkeeper.client import ApiError, Innkeeper, Operation, vm_spec
 def warm(inn: Innkeeper, args: Namespace) -> int:
     """Boot, wait, capture."""
     keys = public_keys(args.ssh_key)[0] if inn.image(args.image).get("cloud_init") else []
-    name = args.name or f"{args.image}-warm"
+    name = args.name or f"{args.image.replace(':', '-')}-warm"
     spec = vm_spec(
         name.replace(".", "-"),
         args.image,

@@ -70,7 +70,7 @@ def _lines(commands: list[Command], every: bool) -> list[str]:
             entries[command.name] = command.help
     groups = {command.name.split()[0] for command in commands if " " in command.name} if not every else set()
     return [
-        f"  {terminal.paint(name.ljust(14), 'cyan')} {terminal.paint(text, 'dim') if name in groups else text}"
+        f"  {terminal.paint(name.ljust(16), 'cyan')} {terminal.paint(text, 'dim') if name in groups else text}"
         for name, text in entries.items()
     ]
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from innkeeper.base.clock import age
 from innkeeper.base.units import format_age, format_size
-from innkeeper.cli import terminal
+from innkeeper.cli import templates, terminal
 from innkeeper.cli.parser import usage_error
 from innkeeper.cli.progress import conclude, conclude_all
 from innkeeper.client import Innkeeper, Operation
@@ -86,6 +86,7 @@ def info(inn: Innkeeper, args: Namespace) -> int:
         ("Login user", image.get("user") or ""),
         ("Carries", ", ".join(carries)),
         ("Command line", image.get("cmdline") or ""),
+        *templates.rows(image),
     ]
     rows += [("Source" if not i else "", f"{key}: {_short(value)}") for i, (key, value) in enumerate(source.items())]
     digests = (image.get("digests") or {}).items()

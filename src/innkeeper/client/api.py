@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 import json
 import os
 import socket
@@ -145,6 +146,34 @@ class Innkeeper:
     def image_delete(self, name: str) -> Operation:
         """Remove an image that no VM uses."""
         return self.operate("DELETE", f"/images/{self.part(name)}")
+
+    def template_create(
+        self,
+        vm: str,
+        name: str,
+        *,
+        version: str | None = None,
+        accept: bool = False,
+        clean: bool = False,
+        note: str = "",
+        by: str | None = None,
+    ) -> Operation:
+        """Seal the disks of a stopped VM as a template, an image `name:version`; the next number by default. Fails with
+        what is found that must not be in it, unless `accept`; `clean` removes what every machine makes anew."""
+        who = by if by is not None else f"{getpass.getuser()}@{socket.gethostname()}"
+        body = {
+            "vm": vm, "name": name, "version": version, "accept": accept, "clean": clean, "note": note, "by": who,
+        }  # fmt: skip
+        return self.operate("POST", "/templates", document=body)
+
+    def image_verify(self, name: str) -> Operation:
+        """Prove that an image's files are what they were when it was made."""
+        return self.operate("POST", f"/images/{self.part(name)}/verify")
+
+    def image_history(self, name: str) -> dict[str, Any]:
+        """{"line": [the image, what it stands on, …], "versions": [of a template, the newest first]}."""
+        document: dict[str, Any] = self.call("GET", f"/images/{self.part(name)}/history")
+        return document
 
     # --- VMs ---
 

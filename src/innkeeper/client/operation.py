@@ -93,10 +93,11 @@ class Operation:
             return ApiError({"code": self.state, "detail": f"{self.kind} of {self.target} {self.state}"})
         return None
 
-    def poll(self, seconds: float = 0) -> Operation:
-        """Ask once; with `seconds`, the daemon answers as soon as something changed, at the latest after that."""
-        query = {"after": self.document.get("revision", 0), "wait": seconds} if seconds else None
-        self.document = self._innkeeper.call("GET", f"/operations/{self.id}", query=query)
+    def poll(self, seconds: float = 0, *, to_its_end: bool = False) -> Operation:
+        """Ask once; with `seconds`, the daemon answers as soon as something changed, or it has ended, at the latest
+        after that."""
+        query = {"after": self.document.get("revision", 0), "wait": seconds, "to_its_end": to_its_end}
+        self.document = self._innkeeper.call("GET", f"/operations/{self.id}", query=query if seconds else None)
         return self
 
     def wait(self, on_progress: Progress | None = None) -> Operation:
@@ -111,7 +112,7 @@ class Operation:
         if on_progress:
             on_progress(self)
         while not self.ended:
-            self.poll(POLL)
+            self.poll(POLL, to_its_end=on_progress is None)
             if on_progress:
                 on_progress(self)
         return self

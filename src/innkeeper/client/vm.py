@@ -102,6 +102,14 @@ class VM:
         """Remove it with its disks; `force` even while it runs."""
         return _ended(self.act("delete", force=force), wait, on_progress)
 
+    def clone(
+        self, name: str, *, linked: bool = False, keep_identity: bool = False, quiesce: bool = False
+    ) -> Operation:
+        """Begin to make a VM of its own with this one's disks, which may run: copies, or with `linked` layers on top of
+        them. `quiesce` has the guest freeze its file systems for the moment."""
+        body = {"name": name, "linked": linked, "keep_identity": keep_identity, "quiesce": quiesce}
+        return self._innkeeper.operate("POST", self._path("/clone"), document=body)
+
     @property
     def snapshots(self) -> Snapshots:
         """Its snapshots."""

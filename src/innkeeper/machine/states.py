@@ -19,6 +19,7 @@ ACTIONS = (
     "screenshot",
     "snapshot",
     "restore",
+    "clone",
 )
 
 LIVE = frozenset({"starting", "running", "paused", "stopping"})
@@ -40,9 +41,9 @@ ACCEPT = Admission("accept")
 _RULES: tuple[tuple[frozenset[str], frozenset[str], Admission], ...] = tuple(
     (frozenset(states.split()), frozenset(actions.split()), Admission(answer, reason, hint))  # type: ignore[arg-type]
     for states, actions, answer, reason, hint in (
-        ("creating", "start stop restart pause resume exec console screenshot snapshot restore",
+        ("creating", "start stop restart pause resume exec console screenshot snapshot restore clone",
          "refuse", "it is still being made", "inn op ls shows how far it is"),
-        ("deleting", "start stop restart pause resume exec console screenshot snapshot restore",
+        ("deleting", "start stop restart pause resume exec console screenshot snapshot restore clone",
          "refuse", "it is being deleted", ""),
         ("deleting", "delete", "accept", "", ""),
         ("running", "start", "nothing", "it is running already", ""),
@@ -52,8 +53,9 @@ _RULES: tuple[tuple[frozenset[str], frozenset[str], Admission], ...] = tuple(
         ("stopped crashed", "stop", "nothing", "it is stopped already", ""),
         ("stopped crashed", "pause resume", "refuse", "it is stopped", "inn start starts it"),
         ("stopped crashed", "exec console screenshot", "refuse", "it is stopped", "inn start starts it"),
-        ("starting", "pause resume restart exec snapshot", "refuse", "it is still starting", "try again in a moment"),
-        ("stopping", "pause restart exec snapshot", "refuse", "it is shutting down", "wait, or inn stop --force"),
+        ("starting", "pause resume restart exec snapshot clone",
+         "refuse", "it is still starting", "try again in a moment"),
+        ("stopping", "pause restart exec snapshot clone", "refuse", "it is shutting down", "wait, or inn stop --force"),
         ("stopping", "resume", "refuse", "it is shutting down", ""),
         ("paused", "pause", "nothing", "it is paused already", ""),
         ("running", "resume", "nothing", "it is running already", ""),

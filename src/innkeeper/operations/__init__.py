@@ -8,6 +8,7 @@
        ▼
     undoing ──steps undone, newest first──▶ failed | cancelled
 
+A step that is `idle` this time is run without a line in the journal: whoever comes next begins at the one before it.
 A step marked `keep` is past the point of undoing: when it fails the operation has failed and what was made stays.
 A daemon that finds an operation `running` or `undoing` at its start goes on with it from the journalled step, so
 every `do` and `undo` can run twice.

@@ -46,6 +46,10 @@ async def _nothing(ctx: Context) -> None:
     """Undo of a step that leaves nothing behind."""
 
 
+def _never(ctx: Context) -> bool:
+    return False
+
+
 @dataclass(frozen=True)
 class Step:
     """One step. `do` and `undo` must tolerate being run twice, and `undo` a `do` that stopped half-way."""
@@ -54,6 +58,8 @@ class Step:
     do: Action
     undo: Action = _nothing
     keep: bool = False
+    idle: Callable[[Context], bool] = _never
+    """Whether there is nothing to do this time: that is not worth a line in the journal, which costs a sync."""
 
 
 @dataclass(frozen=True)
@@ -154,19 +160,20 @@ class Engine:
         documents = await self._store.list("operation/")
         return sorted((_view(d.value, d.revision) for d in documents), key=lambda o: str(o["created"]), reverse=True)
 
-    async def wait(self, operation: str, after: int, seconds: float) -> Value:
-        """The operation as soon as its revision is above `after` or it has ended; as it is after `seconds`."""
-        revision = self._store.revision
-        view = await self.get(operation)
-        if view["revision"] > after or view["ended"]:
-            return view
+    async def wait(self, operation: str, after: int, seconds: float, *, to_its_end: bool = False) -> Value:
+        """The operation as soon as it has ended or, unless `to_its_end`, its revision is above `after`; as it is after
+        `seconds`."""
         try:
             async with asyncio.timeout(seconds):
-                async for _ in self._store.watch(_key(operation), revision):
-                    break
+                while True:
+                    revision = self._store.revision
+                    view = await self.get(operation)
+                    if view["ended"] or (view["revision"] > after and not to_its_end):
+                        return view
+                    async for _ in self._store.watch(_key(operation), revision):
+                        break
         except (TimeoutError, Conflict):
-            pass
-        return await self.get(operation)
+            return await self.get(operation)
 
     async def cancel(self, operation: str) -> Value:
         """Ask for an end: the step at hand is interrupted and what was done is undone."""
@@ -243,11 +250,12 @@ class Engine:
     async def _forward(self, ctx: Context, verb: Verb, index: int) -> tuple[int, Value | None]:
         """Do the steps from `index` on. Returns the step it came to, and why it went no further if it did not."""
         self._interruptible.add(ctx.operation)
+        journalled = index
         try:
             while index < len(verb.steps):
                 if ctx.operation in self._cancelled:
                     return index, _cancelled(verb, ctx)
-                await self._do(ctx, verb, index)
+                await self._do(ctx, verb, index, journalled=index == journalled)
                 index += 1
         except asyncio.CancelledError:
             if self._leaving:
@@ -283,11 +291,12 @@ class Engine:
                 await asyncio.sleep(UNDO_PAUSE * attempt)
                 attempt += 1
 
-    async def _do(self, ctx: Context, verb: Verb, index: int) -> None:
+    async def _do(self, ctx: Context, verb: Verb, index: int, *, journalled: bool) -> None:
         step = verb.steps[index]
-        progress = {"fraction": None, "text": ""}
-        done = {"data": ctx.data, "result": ctx.result, "target": ctx.target}
-        await self._change(ctx.operation, {"index": index, "progress": progress} | done)
+        if not journalled and not step.idle(ctx):
+            progress = {"fraction": None, "text": ""}
+            done = {"data": ctx.data, "result": ctx.result, "target": ctx.target}
+            await self._change(ctx.operation, {"index": index, "progress": progress} | done)
         again = await self._fault(verb.kind, step.name, "before")
         await step.do(ctx)
         if again:
@@ -366,7 +375,7 @@ class Engine:
             new = document.value | fields | {"updated": now()}
             writes: dict[str, Value | None] = {document.key: new}
             checks = {document.key: document.revision}
-            if release and (hold := new["hold"]):
+            for hold in _held(new) if release else ():
                 held = await self._store.get(hold)
                 if held is not None and (held.value.get("operation") or {}).get("id") == operation:
                     writes[hold] = held.value | {"operation": None}
@@ -394,6 +403,12 @@ def busy(name: str, operation: Mapping[str, Any]) -> MachineBusy:
 
 def _key(operation: str) -> str:
     return f"operation/{operation}"
+
+
+def _held(journal: Value) -> list[str]:
+    """Keys of the documents that an operation holds: none, one, or several where a step has set `data["hold"]` so."""
+    hold = journal["hold"] or []
+    return [hold] if isinstance(hold, str) else hold
 
 
 def _view(journal: Value, revision: int) -> Value:

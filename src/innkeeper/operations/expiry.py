@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 
 from innkeeper.base.clock import now
 from innkeeper.base.errors import InnkeeperError
+from innkeeper.operations.chains import clones_of
 from innkeeper.operations.engine import Engine
 from innkeeper.operations.world import World
 from innkeeper.store.contract import Value, update
@@ -23,7 +24,8 @@ async def expire(world: World, engine: Engine) -> None:
     while True:
         with suppress(InnkeeperError):  # a store that fails, a name that is gone: it is tried again
             for vm in await world.vms():
-                if vm["expires"] and vm["expires"] <= now() and not vm["operation"]:
+                over = vm["expires"] and vm["expires"] <= now() and not vm["operation"]
+                if over and not await clones_of(world, vm["id"]):
                     target = {"kind": "vm", "id": vm["id"], "name": vm["name"]}
                     with suppress(InnkeeperError):  # somebody else was quicker; or it is tried again
                         await engine.submit("vm-delete", target, {}, hold=f"vm/{vm['id']}")

@@ -13,14 +13,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from blake3 import blake3
-
 from innkeeper.base.clock import now
 from innkeeper.base.errors import Conflict, InUse, InvalidInput, NameTaken, NotFound
 from innkeeper.base.ids import new_id
 from innkeeper.base.units import GIB, MIB, TIB
 from innkeeper.host.users import errand_uid
+from innkeeper.operations.chains import PRIVATE
 from innkeeper.operations.engine import Context, Step, Verb, busy
+from innkeeper.operations.image_verify import digest, stamp
 from innkeeper.operations.vm_create import check_room
 from innkeeper.operations.world import World
 from innkeeper.spec.image import Image
@@ -32,7 +32,7 @@ from innkeeper.storage.formats.detect import inspect
 from innkeeper.store.contract import Document, Value, update
 
 DOWNLOAD_LIMIT = 1 * TIB
-ROOM = {"build": 3 * GIB, "import": 64 * MIB, "pull": 64 * MIB, "warm": 64 * MIB}
+ROOM = {"build": 3 * GIB, "import": 64 * MIB, "pull": 64 * MIB, "warm": 64 * MIB, "template": 64 * MIB}
 """Bytes that the pool must have free before it is worth beginning."""
 
 
@@ -139,7 +139,7 @@ async def publish(ctx: Context) -> None:
         return  # published before the daemon died
     fields = ctx.data["image_fields"]
     workspace, folder = world.home.workspace(ctx.operation), world.home.image(image_id)
-    private = fields["kind"] == "warm"  # whatever the guest had in memory is in it
+    private = fields["kind"] in PRIVATE
     if workspace.exists():
         for path in workspace.iterdir():
             if path.name not in fields["files"].values():  # what it was made from
@@ -153,9 +153,12 @@ async def publish(ctx: Context) -> None:
     digests = {}
     for file in fields["files"].values():
         ctx.report(None, f"computing the digest of {file}")
-        digests[file] = await asyncio.to_thread(_digest, folder / file)
+        digests[file] = await asyncio.to_thread(digest, folder / file)
     stored = sum((folder / file).stat().st_blocks * 512 for file in fields["files"].values())
-    image = Image(id=image_id, name=name, stored_size=stored, digests=digests, created=now(), **fields)
+    stamps = {file: stamp(folder / file) for file in fields["files"].values()}
+    image = Image(
+        id=image_id, name=name, stored_size=stored, digests=digests, stamps=stamps, created=now(), **fields
+    )  # fmt: skip
     writes: dict[str, Value | None] = {
         f"image/{image_id}": image.model_dump(mode="json") | {"operation": None},
         _name(ctx): {"id": image_id},
@@ -235,10 +238,6 @@ async def _retire(ctx: Context, image_id: str, writes: dict[str, Value | None]) 
 async def _remove_folder(ctx: Context, image_id: str) -> None:
     ctx.world.ram.drop(image_id)
     await asyncio.to_thread(shutil.rmtree, ctx.world.home.image(image_id), ignore_errors=True)
-
-
-def _digest(path: Path) -> str:
-    return str(blake3(max_threads=blake3.AUTO).update_mmap(path).hexdigest())
 
 
 def _sync(path: Path) -> None:

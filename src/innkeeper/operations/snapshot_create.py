@@ -13,7 +13,7 @@ from innkeeper.base.errors import ActionRefused, AgentFailed, AgentUnavailable, 
 from innkeeper.base.ids import new_id
 from innkeeper.machine.machine import Machine
 from innkeeper.operations.chains import chain
-from innkeeper.operations.engine import Context, Step, Verb
+from innkeeper.operations.engine import Action, Context, Step, Verb
 from innkeeper.operations.snapshots import (
     add_layers,
     check_new,
@@ -41,11 +41,14 @@ async def prepare(ctx: Context) -> None:
     vm = await _vm(ctx)
     if "layers" not in ctx.data:
         await check_new(ctx.world, vm, ctx.args["name"])
-        ctx.data |= {
-            "snapshot": new_id(), "layers": [new_id() for _ in vm["disks"]], "old": vm["disks"], "at": vm.get("at"),
-        }  # fmt: skip
+        ctx.data |= decide(vm)
         await ctx.save()
     await add_layers(ctx, vm, ctx.data["layers"], ctx.data["old"])
+
+
+def decide(vm: Value) -> Value:
+    """For the journal: the ids of all that will be new, and what there was before."""
+    return {"snapshot": new_id(), "layers": [new_id() for _ in vm["disks"]], "old": vm["disks"], "at": vm.get("at")}
 
 
 async def unprepare(ctx: Context) -> None:
@@ -95,6 +98,12 @@ async def thaw(ctx: Context) -> None:
 
 async def switch(ctx: Context) -> None:
     """The point in time: what is written from here on goes to the new layers."""
+    await change_over(ctx, _record)
+    ctx.result["snapshot"] = (await ctx.world.find("snapshot", ctx.data["snapshot"]))["name"]
+
+
+async def change_over(ctx: Context, record: Action) -> None:
+    """From one moment on the VM writes to the layers of `prepare`; then `record` it. Also where it did so already."""
     vm = await _vm(ctx)
     machine = ctx.world.machines.get(vm["id"])
     if vm["disks"] != ctx.data["layers"]:
@@ -102,9 +111,8 @@ async def switch(ctx: Context) -> None:
             await _switch_running(ctx, vm, machine)
         elif "nvram" not in ctx.data:
             ctx.data["nvram"] = keep_nvram(ctx.world, vm, ctx.data["snapshot"])
-        await _record(ctx)
+        await record(ctx)
     await release(ctx)
-    ctx.result["snapshot"] = (await ctx.world.find("snapshot", ctx.data["snapshot"]))["name"]
 
 
 async def _switch_running(ctx: Context, vm: Value, machine: Machine) -> None:

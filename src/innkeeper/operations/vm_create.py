@@ -16,6 +16,7 @@ from innkeeper.base.units import format_size
 from innkeeper.network.ports import is_free, who_listens
 from innkeeper.operations.chains import chain, own_layers, role_of
 from innkeeper.operations.engine import Context, Step, Verb, busy
+from innkeeper.operations.image_verify import check_untouched
 from innkeeper.plan.chain import layer_record
 from innkeeper.plan.identity import SSH_PORT_BASE, assign
 from innkeeper.plan.record import vm_record
@@ -46,12 +47,13 @@ async def claim(ctx: Context) -> None:
     if spec.firmware == "uefi" and host.firmware.uefi is None:
         raise Unsupported("this host has no UEFI firmware for guests", hint="apt install ovmf")
     while True:
-        writes, slot, ssh_port = await _claims(ctx, spec)
+        writes, slot, ssh_port = await claims(ctx, spec)
         checks = dict.fromkeys(writes, 0)
         identity = assign(ctx.data["vm"], slot, spec, host, ssh_port)
         image = await world.find("image", spec.image) if spec.image else None
         if image and (operation := image["operation"]):
             raise busy(f"image {image['name']}", operation)
+        await check_untouched(world, image["id"] if image else None)
         if image and image["kind"] == "warm":  # saved state loads into the same machine only
             pinned = ("machine_type", "accelerator", "cpu_model")
             identity = identity.model_copy(update={key: image["warm"][key] for key in pinned})
@@ -82,7 +84,7 @@ async def claim(ctx: Context) -> None:
                 raise _taken(spec) from None
 
 
-async def _claims(ctx: Context, spec: VMSpec) -> tuple[dict[str, Value | None], int, int | None]:
+async def claims(ctx: Context, spec: VMSpec) -> tuple[dict[str, Value | None], int, int | None]:
     """Keys that must not exist yet (name, slot, ports), and the slot and the SSH port among them."""
     store, owner = ctx.world.store, {"id": ctx.data["vm"], "name": spec.name}
     if await store.get(f"name/vm/{spec.name}"):
@@ -171,28 +173,34 @@ async def make_files(ctx: Context) -> None:
         *_, base, top = (None, *await chain(world, vm["id"], layer_id))
         target = folder / top.path
         if image and base:
-            size = disk.size or image["virtual_size"]
-            if size < image["virtual_size"]:
+            size, smallest = disk.size or image["virtual_size"], _smallest(image, index)
+            if size < smallest:
                 raise InvalidInput(
-                    f"disk 0 of {format_size(size)} is smaller than image {image['name']}",
-                    hint=f"give it at least {format_size(image['virtual_size'])}", field="disks.0.size",
+                    f"disk {index} of {format_size(size)} is smaller than that of image {image['name']}",
+                    hint=f"give it at least {format_size(smallest)}", field=f"disks.{index}.size",
                 )  # fmt: skip
             write_overlay(target, Path(base.path), "qcow2", size)
         elif disk.size is None:
             raise InvalidInput(f"disk {index} has no size, and image {vm['image']['name']} has no disk to take it from")
         else:
             write_empty(target, disk.size)
-    if vm["going_on"]:
-        _as_captured(ctx, folder, image or {})
-    else:
+    if image and (vm["going_on"] or (image["kind"] == "template" and spec.firmware == "uefi")):
+        _as_captured(ctx, folder, image)
+    if not vm["going_on"]:
         await write_first_boot(ctx, vm, image)
     if (uid := vm["identity"]["uid"]) is not None:
         for path in (*folder.iterdir(), folder):
             os.chown(path, uid, uid)
 
 
+def _smallest(image: Value, disk: int) -> int:
+    """Bytes that a disk must have at least to hold what the image has of it."""
+    return int(image["template"]["disks"][disk] if image.get("template") else image["virtual_size"])
+
+
 def _as_captured(ctx: Context, folder: Path, image: Value) -> None:
-    """What a fork has of its own besides its disks. A seed is made when it boots for the first time (vm_start)."""
+    """What a fork has of its own besides its disks: a seed is made when it boots for the first time (vm_start). Also
+    what firmware has to know to find the system on the disks of a template."""
     if "nvram" in image["files"]:
         with (ctx.world.home.image(image["id"]) / image["files"]["nvram"]).open("rb") as captured:
             write_file(folder / "nvram.fd", captured)

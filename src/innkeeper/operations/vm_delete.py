@@ -3,15 +3,30 @@
 from __future__ import annotations
 
 from innkeeper.base.clock import now
-from innkeeper.base.errors import NotFound
+from innkeeper.base.errors import InUse, NotFound
+from innkeeper.operations.chains import clones_of
 from innkeeper.operations.engine import Context, Step, Verb
 from innkeeper.operations.vm_create import discard_folder, forget
-from innkeeper.store.contract import update
+from innkeeper.operations.world import World
+from innkeeper.store.contract import Value, update
+
+
+async def check_alone(world: World, vm: Value) -> None:
+    """Linked clones may stand on its disks: then it stays (DESIGN.md 5.11). Raises `InUse`."""
+    if clones := await clones_of(world, vm["id"]):
+        raise InUse(
+            f"the disks of {vm['name']} are those that {', '.join(clones)} stand on",
+            hint=f"delete those linked clones first; inn clone {clones[0]} NEW makes one that stands on its own",
+            users=clones,
+        )
 
 
 async def mark(ctx: Context) -> None:
     """From here there is no way back."""
     stamp = now()
+    vm = await ctx.world.store.get(f"vm/{ctx.target['id']}")
+    if vm is not None and vm.value["state"] != "deleting":
+        await check_alone(ctx.world, vm.value)
     try:
         await update(
             ctx.world.store,

@@ -3,25 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import secrets
-import time
 
 from innkeeper.base.errors import ActionRefused, AgentFailed, AgentUnavailable, Unsupported
 from innkeeper.machine.machine import Machine
 from innkeeper.operations import vm_create, vm_start
 from innkeeper.operations.engine import Context, Step, Verb
+from innkeeper.operations.rebirth import ALLOWED, heard, new_self, tell_agent
 from innkeeper.operations.world import World
-from innkeeper.plan.rebirth import DONE, Rebirth, shell_script, understood, words
-from innkeeper.plan.seed import HostKey
-from innkeeper.qemu.agent_exec import capture
+from innkeeper.plan.rebirth import DONE, Rebirth, words
 from innkeeper.store.contract import Value
 
 SUFFIX = "-warm"
 """A warm image is named after what it was made of."""
-POLL = 0.01
-"""Seconds between two looks whether it has: somebody waits for each of them."""
-ALLOWED = 60.0
-"""Seconds that the guest gets to become itself."""
 
 
 async def go_on(ctx: Context) -> None:
@@ -42,25 +35,13 @@ async def go_on(ctx: Context) -> None:
     machine = world.machines.get(vm["id"])
     if machine is None:
         raise ActionRefused(f"{vm['name']} ended before it was itself", hint="see its qemu.log")
-    secret = await world.store.get(f"secret/vm/{vm['id']}")
-    assert secret is not None
-    who = Rebirth(
-        name=vm["name"],
-        machine_id=secrets.token_hex(16),
-        host_key=HostKey(**secret.value["host_key"]),
-        nics=list(zip(image["warm"]["macs"], vm["identity"]["macs"], strict=True)),
-        seed=secrets.token_bytes(64),
-        seconds=time.time(),
-    )
+    who = await new_self(world, vm, list(zip(image["warm"]["macs"], vm["identity"]["macs"], strict=True)))
     telling = _tell(machine, image["warm"]["waits"], who)
     try:
         answer, _, _ = await asyncio.gather(telling, _greet(machine), vm_start.run(ctx))
     except (AgentUnavailable, AgentFailed) as error:
         raise AgentFailed(f"{vm['name']} could not be made a machine of its own: {error.detail}") from None
-    notes, complaints = understood(answer)
-    if complaints:
-        said = "; ".join(complaints)[:1000]
-        raise AgentFailed(f"{vm['name']} could not be made a machine of its own: {said}")
+    notes = heard(vm, answer)
     await machine.poll_statistics()
     if notes:
         ctx.result["warnings"] = notes
@@ -73,10 +54,7 @@ async def _tell(machine: Machine, waits: bool, who: Rebirth) -> str:
             return await machine.waiter.ask(words(who), DONE, ALLOWED)
         finally:
             machine.drop_waiter()
-    async with machine.agent() as agent:
-        script = shell_script(who).encode()
-        _, said, wrong = await capture(agent, ["/bin/sh", "-s"], stdin=script, timeout=ALLOWED, poll=POLL)
-    return (wrong + said).decode(errors="replace")
+    return await tell_agent(machine, who)
 
 
 async def _greet(machine: Machine) -> None:
@@ -85,12 +63,17 @@ async def _greet(machine: Machine) -> None:
         return
 
 
+def warm_name(image: str) -> str:
+    """What a warm image of this one is called, by default: of `web:2` it is `web-2-warm`."""
+    return f"{image.replace(':', '-')}{SUFFIX}"
+
+
 async def find_warm(world: World, name: str) -> Value:
     """The warm image of this name, or the one that was made of the image of this name. Raises `NotFound`,
     `Unsupported` for one that this host cannot go on from."""
     image = await world.find("image", name)
     if image["kind"] != "warm":
-        pointer = await world.store.get(f"name/image/{name}{SUFFIX}")
+        pointer = await world.store.get(f"name/image/{warm_name(name)}")
         if pointer is None or pointer.value.get("pending"):
             raise ActionRefused(f"image {name} is not warm", hint=f"inn template warm {name} makes a warm one of it")
         image = await world.find("image", pointer.value["id"])

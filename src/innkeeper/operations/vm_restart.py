@@ -4,5 +4,6 @@ from __future__ import annotations
 
 from innkeeper.operations import vm_start, vm_stop
 from innkeeper.operations.engine import Verb
+from innkeeper.operations.rebirth import FIRST_START
 
-VERB = Verb("vm-restart", (*vm_stop.STEPS, *vm_start.STEPS))
+VERB = Verb("vm-restart", (*vm_stop.STEPS, *vm_start.STEPS, FIRST_START))

@@ -13,7 +13,7 @@ from innkeeper.machine.machine import Machine
 from innkeeper.machine.states import LIVE
 from innkeeper.network.ports import is_free, who_listens
 from innkeeper.operations.chains import chain
-from innkeeper.operations.engine import Context, Step, Verb
+from innkeeper.operations.engine import Context, Step
 from innkeeper.operations.vm_create import claim_ports, write_first_boot
 from innkeeper.operations.world import World
 from innkeeper.plan.command import Files, command
@@ -148,7 +148,7 @@ async def plan(ctx: Context, vm: Value) -> Plan:
         await update(world.store, f"vm/{vm['id']}", lambda v: v | {"identity": identity.model_dump(mode="json")})
     spec = VMSpec.model_validate(vm["spec"])
     folder = world.home.vm(vm["id"])
-    if vm["image"] and not vm["seed"] and not vm["going_on"]:
+    if not vm["seed"] and not vm["going_on"]:
         vm = await _seed_of_its_own(ctx, vm)
     if spec.firmware == "uefi" and not (folder / "nvram.fd").exists():
         assert host.firmware.uefi is not None
@@ -171,14 +171,16 @@ def _fresh_variables(template: Path, folder: Path, uid: int | None) -> None:
 
 
 async def _seed_of_its_own(ctx: Context, vm: Value) -> Value:
-    """A fork that boots for the first time: its cloud-init must find what it became, not what it was copied from."""
-    image = await ctx.world.find("image", vm["image"]["id"])
-    if image["kind"] != "warm":
+    """A fork or clone that boots for the first time: its cloud-init must find what it became, not what it was copied
+    from."""
+    image = await ctx.world.find("image", vm["image"]["id"]) if vm["image"] else None
+    if not vm.get("identity_due") and (image is None or image["kind"] != "warm"):
         return vm
     await write_first_boot(ctx, vm, image)
-    if (uid := vm["identity"]["uid"]) is not None:
-        os.chown(ctx.world.home.vm(vm["id"]) / "seed.iso", uid, uid)
-    return vm | {"seed": True}
+    seed = ctx.world.home.vm(vm["id"]) / "seed.iso"
+    if (uid := vm["identity"]["uid"]) is not None and seed.exists():
+        os.chown(seed, uid, uid, follow_symlinks=False)
+    return vm | {"seed": seed.exists()}
 
 
 async def boot_image(world: World, vm: Value) -> Image | None:
@@ -241,4 +243,3 @@ STEPS = (
     Step("spawn", spawn, kill),
     Step("run", run),
 )
-VERB = Verb("vm-start", STEPS)

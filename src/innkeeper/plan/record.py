@@ -38,5 +38,7 @@ def vm_record(
         "forked": False,
         "capturable": False,  # its RAM is shared on a file, so that it can be captured while it runs
         "going_on": False,  # its first start goes on from the memory of its image; every later one boots
+        "identity_due": False,  # a clone whose guest is still to become a machine of its own, at its first start
+        "cloned_from": None,  # {id, name} of the VM that a clone was made of
         "pending": False,  # a changed spec waits for the next start
     }

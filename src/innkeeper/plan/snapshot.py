@@ -73,8 +73,10 @@ def unneeded(
     vm: Mapping[str, Any], layers: Mapping[str, Any], snapshots: Collection[Mapping[str, Any]]
 ) -> Drop | Join | None:
     """The next layer of a VM that can go, and how; None when each is needed (DESIGN.md 5.11). `layers` and `snapshots`
-    are those of all VMs. A layer with several above it stays, and so does one that another VM stands on."""
+    are those of all VMs. A layer with several above it stays, and so does one that a linked clone stands on, with all
+    that is below it: another QEMU may have them open."""
     needed = set(vm["disks"]) | {layer for s in snapshots if s["state"] == "whole" for layer in s["disks"]}
+    needed |= {below for layer in layers.values() if layer["vm"] != vm["id"] for below in lineage(layers, layer["id"])}
     above: dict[str, list[str]] = {}
     for layer in layers.values():
         if layer["parent"] is not None:
@@ -85,6 +87,6 @@ def unneeded(
         children = above.get(layer["id"], [])
         if not children:
             return Drop(layer["id"])
-        if len(children) == 1 and layers[children[0]]["vm"] == vm["id"]:
+        if len(children) == 1:
             return Join(layer["id"], children[0])
     return None

@@ -143,9 +143,10 @@ class Agent:
             await self.close()
             raise
 
-    async def dial(self) -> None:
-        """Only the host's half of `connect`, for a guest that does not run yet. Raises OSError, `ConnectError`."""
-        connection = await connect(self.folder, self.name)
+    async def dial(self, connection: socket.socket | None = None) -> None:
+        """Only the host's half of `connect`, for a guest that does not run yet; over an open `connection` if there is
+        one. Raises OSError, `ConnectError`."""
+        connection = connection or await connect(self.folder, self.name)
         try:
             await self._channel.connect(connection)
         except BaseException:

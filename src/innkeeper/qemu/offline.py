@@ -35,7 +35,7 @@ async def opened(binary: str, chain: Chain, uid: int | None) -> AsyncIterator[Mo
         below: str | None = None
         for number, layer in enumerate(chain, start=1):
             if layer.handed:
-                fd = os.open(layer.path, os.O_RDONLY | os.O_CLOEXEC)
+                fd = os.open(layer.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
                 files.callback(os.close, fd)
                 fds.append(fd)
                 arguments += Option("-add-fd", f"fd={fd},set={number}").words()

@@ -107,7 +107,7 @@ def spawn(plan: Plan, home: Home, vm_id: str, ram: int | None = None) -> Process
     try:
         arguments = plan.argv()
         for index, path in enumerate(plan.fdsets, start=1):
-            opened.append(_open_regular(path))
+            opened.append(_open_regular(path, followed=not Path(path).is_relative_to(home.vms)))
             arguments += Option("-add-fd", f"fd={opened[-1]},set={index}").words()
         if plan.ram is not None:
             assert ram is not None
@@ -147,9 +147,10 @@ def _privileges(plan: Plan) -> dict[str, Any]:
     return {"user": plan.uid, "group": plan.uid, "extra_groups": list(plan.groups)}
 
 
-def _open_regular(path: str) -> int:
+def _open_regular(path: str, *, followed: bool) -> int:
+    """`followed`: it may be a link; in a VM's folder, which is that of another QEMU, it may not."""
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (0 if followed else os.O_NOFOLLOW))
     except OSError as error:
         raise InvalidInput(f"{path} cannot be read: {error.strerror}") from None
     if not os.path.isfile(f"/proc/self/fd/{fd}"):  # noqa: PTH113 - follows the descriptor, not a name

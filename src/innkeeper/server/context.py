@@ -41,6 +41,15 @@ class Context:
             raise ActionRefused(f"{vm['name']}: {answer.reason or 'no QEMU runs for it'}", hint=answer.hint)
         return vm, machine
 
+    async def admitted(self, name: str, action: str, *, force: bool = False) -> Value:
+        """The VM, if it takes `action` now. Raises `ActionRefused`, `MachineBusy`, `NotFound`."""
+        vm = await self.world.find("vm", name)
+        answer = admit(vm["state"], action, operation=vm["operation"], force=force)
+        if answer.answer == "refuse":
+            kind = MachineBusy if vm["operation"] else ActionRefused
+            raise kind(f"{vm['name']}: {answer.reason}", hint=answer.hint, state=vm["state"])
+        return vm
+
     async def act(self, name: str, action: str, args: dict[str, Any]) -> Value:
         """Submit `action` on a VM if it is admitted; with nothing to do, an operation that has ended well."""
         vm = await self.world.find("vm", name)

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
-from innkeeper.spec.quantity import ImageName, Model, Name
+from innkeeper.spec.quantity import ImageName, ImageReference, Model, Name
 from innkeeper.spec.vm import VMSpec
 
 
@@ -97,9 +97,16 @@ class VersionView(Open):
 class ImageView(Open):
     id: str
     name: str
-    kind: Literal["disk", "kernel", "warm"]
+    kind: Literal["disk", "kernel", "warm", "template"]
     virtual_size: int
     stored_size: int
+
+
+class HistoryView(Open):
+    """`line`: the image and what it stands on, each on the next; `versions`: of a template, the newest first."""
+
+    line: list[dict[str, JsonValue]]
+    versions: list[dict[str, JsonValue]]
 
 
 class RecipeView(Open):
@@ -128,7 +135,7 @@ class VMRequest(Model):
 class WarmRequest(Model):
     """Boot an image, wait until its guest is ready, and capture it: a warm image, to fork."""
 
-    image: ImageName
+    image: ImageReference
     name: ImageName | None = Field(default=None, description="The image's name and `-warm` by default")
     spec: VMSpec = Field(description="What its forks will be; the name is that of the VM while it boots")
     until: str | None = Field(
@@ -141,7 +148,7 @@ class WarmRequest(Model):
 class ForkRequest(Model):
     """Running copies of a warm image."""
 
-    image: ImageName = Field(description="A warm image, or one that has a warm image named after it")
+    image: ImageReference = Field(description="A warm image, or one that has a warm image named after it")
     names: list[Name] = Field(min_length=1, max_length=1000, description="One fork for each")
     force: bool = Field(default=False, description="Also where the host has too little memory for all of them")
     ttl: float | None = Field(default=None, gt=0, le=31536000, description="Seconds after which a fork is deleted")
@@ -151,6 +158,19 @@ class ForkView(Model):
     """The operations to follow, one for each name."""
 
     operations: list[str]
+
+
+class CloneRequest(Model):
+    """A VM of its own with the disks of another."""
+
+    name: Name
+    linked: bool = Field(
+        default=False, description="Share the source's layers instead of copying them: it cannot be deleted then"
+    )
+    keep_identity: bool = Field(
+        default=False, description="UUID, MACs, hostname, machine-id, SSH host keys as they are"
+    )
+    quiesce: bool = Field(default=False, description="Have the source's guest freeze its file systems for the moment")
 
 
 class ActionRequest(Model):

@@ -10,7 +10,7 @@ from fastapi.responses import JSONResponse
 from innkeeper.base.clock import stamp
 from innkeeper.base.errors import InvalidInput, NameTaken
 from innkeeper.operations.vm_create import arguments
-from innkeeper.operations.vm_fork import SUFFIX, find_warm
+from innkeeper.operations.vm_fork import find_warm, warm_name
 from innkeeper.server.context import Ctx, accepted
 from innkeeper.server.models import ForkRequest, ForkView, OperationView, WarmRequest
 from innkeeper.server.routes_vms import check
@@ -31,7 +31,7 @@ async def warm(ctx: Ctx, body: WarmRequest) -> Response:
         raise InvalidInput(f"image {image['name']} boots from a disk, and the spec has none", field="spec.disks")
     if any(nic.publish for nic in body.spec.nics):
         raise InvalidInput("a host port leads to one VM only, so forks cannot publish one", field="spec.nics")
-    name = body.name or f"{body.image}{SUFFIX}"
+    name = body.name or warm_name(body.image)
     if not body.refresh and await ctx.world.store.get(f"name/image/{name}"):
         raise NameTaken(f"there is an image named {name!r} already", hint="--refresh makes it anew")
     await check(ctx.world, body.spec)

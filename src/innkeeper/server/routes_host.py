@@ -80,8 +80,11 @@ async def get_operation(
     operation: OperationId,
     after: Annotated[int, Query(ge=0, le=2**53, description="Wait for a revision above this")] = 0,
     wait: Annotated[float, Query(ge=0, le=30, description="Seconds to wait at most")] = 0,
+    to_its_end: Annotated[bool, Query(description="Only its end is news")] = False,
 ) -> Response:
-    found = await (ctx.engine.wait(operation, after, wait) if wait else ctx.engine.get(operation))
+    if not wait:
+        return JSONResponse(await ctx.engine.get(operation))
+    found = await ctx.engine.wait(operation, after, wait, to_its_end=to_its_end)
     return JSONResponse(found)
 
 

@@ -9,8 +9,7 @@ from fastapi import APIRouter, Path, Response
 from fastapi.responses import JSONResponse
 
 from innkeeper.base.clock import now, stamp
-from innkeeper.base.errors import ActionRefused, MachineBusy
-from innkeeper.machine.states import admit
+from innkeeper.base.errors import ActionRefused
 from innkeeper.operations.chains import layer_path
 from innkeeper.operations.snapshots import all_layers, check_new, find_snapshot, snapshots_of
 from innkeeper.plan.snapshot import MOST_LAYERS, lineage
@@ -45,7 +44,7 @@ async def list_snapshots(ctx: Ctx, vm: VMName) -> Response:
 
 @router.post("/snapshots", response_model=OperationView, status_code=202, summary="Take a snapshot of all disks")
 async def create_snapshot(ctx: Ctx, vm: VMName, body: SnapshotRequest) -> Response:
-    found = await _admitted(ctx, vm, "snapshot")
+    found = await ctx.admitted(vm, "snapshot")
     await check_new(ctx.world, found, body.name)
     args = {"name": body.name, "note": body.note, "quiesce": body.quiesce, "expires": _expires(body.ttl)}
     return await _submit(ctx, "snapshot-create", found, args)
@@ -68,7 +67,7 @@ async def get_snapshot(ctx: Ctx, vm: VMName, snapshot: SnapshotName) -> Response
 async def delete_snapshot(ctx: Ctx, vm: VMName, snapshot: SnapshotName) -> Response:
     found = await ctx.world.find("vm", vm)
     one = await find_snapshot(ctx.world, found, snapshot)
-    found = await _admitted(ctx, vm, "snapshot")
+    found = await ctx.admitted(vm, "snapshot")
     return await _submit(ctx, "snapshot-delete", found, {"snapshots": [one["id"]]})
 
 
@@ -81,7 +80,7 @@ async def restore_snapshot(
     wish = body or RestoreRequest()
     found = await ctx.world.find("vm", vm)
     one = await find_snapshot(ctx.world, found, snapshot)
-    found = await _admitted(ctx, vm, "restore", force=wish.force or wish.start)
+    found = await ctx.admitted(vm, "restore", force=wish.force or wish.start)
     if one["state"] != "whole":
         raise ActionRefused(
             f"snapshot {one['name']} is being removed", hint=f"inn snapshot prune {found['name']} finishes that"
@@ -97,7 +96,7 @@ async def restore_snapshot(
     "/prune", response_model=OperationView, status_code=202, summary="Remove expired snapshots, merge unneeded layers"
 )
 async def prune_snapshots(ctx: Ctx, vm: VMName, body: PruneRequest | None = None) -> Response:
-    found = await _admitted(ctx, vm, "snapshot")
+    found = await ctx.admitted(vm, "snapshot")
     automatic = bool(body and body.automatic)
     ids = [
         s["id"]
@@ -105,15 +104,6 @@ async def prune_snapshots(ctx: Ctx, vm: VMName, body: PruneRequest | None = None
         if (s["expires"] and s["expires"] <= now()) or (automatic and s["automatic"])
     ]
     return await _submit(ctx, "snapshot-delete", found, {"snapshots": ids})
-
-
-async def _admitted(ctx: Context, name: str, action: str, *, force: bool = False) -> Value:
-    vm = await ctx.world.find("vm", name)
-    answer = admit(vm["state"], action, operation=vm["operation"], force=force)
-    if answer.answer == "refuse":
-        kind = MachineBusy if vm["operation"] else ActionRefused
-        raise kind(f"{vm['name']}: {answer.reason}", hint=answer.hint, state=vm["state"])
-    return vm
 
 
 async def _submit(ctx: Context, kind: str, vm: Value, args: Value) -> Response:

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Response
 from fastapi.responses import JSONResponse
 
 from innkeeper.base.errors import InvalidInput, NameTaken, Unsupported
 from innkeeper.base.units import format_size
+from innkeeper.operations import vm_clone
 from innkeeper.operations.vm_create import arguments
+from innkeeper.operations.vm_delete import check_alone
 from innkeeper.operations.world import World
 from innkeeper.plan import ignition, seed
 from innkeeper.server.context import Ctx, VMName, accepted
-from innkeeper.server.models import ActionRequest, OperationView, SSHView, VMRequest, VMView
+from innkeeper.server.models import ActionRequest, CloneRequest, OperationView, SSHView, VMRequest, VMView
 from innkeeper.server.views import user
+from innkeeper.spec.disk import DiskSpec
 from innkeeper.spec.vm import VMSpec
 from innkeeper.store.contract import Value
 
@@ -39,11 +42,23 @@ async def list_vms(ctx: Ctx) -> Response:
 
 @router.post("", response_model=OperationView, status_code=202, summary="Make a VM, start it, wait until it is ready")
 async def create_vm(ctx: Ctx, body: VMRequest) -> Response:
-    await check(ctx.world, body.spec)
+    spec = await as_sealed(ctx.world, body.spec)
+    await check(ctx.world, spec)
     kind = "vm-launch" if body.start else "vm-create"
-    args = arguments(body.spec, kind, wait=body.wait, force=body.force, timeout=body.timeout)
+    args = arguments(spec, kind, wait=body.wait, force=body.force, timeout=body.timeout)
     target = {"kind": "vm", "id": None, "name": body.spec.name}
     return accepted(await ctx.engine.submit(kind, target, args))
+
+
+async def as_sealed(world: World, spec: VMSpec) -> VMSpec:
+    """Of a template's VM, what nobody has asked for otherwise is as the sealed one had it: disks and firmware."""
+    image = await world.find("image", spec.image) if spec.image else {}
+    if not (template := image.get("template")):
+        return spec
+    sealed: dict[str, Any] = {
+        "disks": tuple(DiskSpec(size=size) for size in template["disks"]), "firmware": template["firmware"]
+    }  # fmt: skip
+    return spec.model_copy(update={key: value for key, value in sealed.items() if key not in spec.model_fields_set})
 
 
 async def check(world: World, spec: VMSpec) -> None:
@@ -89,7 +104,17 @@ async def get_vm(ctx: Ctx, vm: VMName) -> Response:
 async def delete_vm(
     ctx: Ctx, vm: VMName, force: Annotated[bool, Query(description="Also when it runs or is busy")] = False
 ) -> Response:
+    await check_alone(ctx.world, await ctx.world.find("vm", vm))
     return accepted(await ctx.act(vm, "delete", {"force": force}))
+
+
+@router.post("/{vm}/clone", response_model=OperationView, status_code=202, summary="Clone a VM, running or not")
+async def clone_vm(ctx: Ctx, vm: VMName, body: CloneRequest) -> Response:
+    source = await ctx.admitted(vm, "clone")
+    await vm_clone.check(ctx.world, source, body.name, linked=body.linked)
+    args = vm_clone.arguments(body.name, linked=body.linked, keep_identity=body.keep_identity, quiesce=body.quiesce)
+    target = {"kind": "vm", "id": source["id"], "name": source["name"]}
+    return accepted(await ctx.engine.submit("vm-clone", target, args, hold=f"vm/{source['id']}"))
 
 
 @router.post("/{vm}/actions/{action}", response_model=OperationView, status_code=202, summary="Act on a VM")

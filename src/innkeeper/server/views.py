@@ -10,6 +10,7 @@ from typing import Any
 from innkeeper.host.usage import used_by
 from innkeeper.machine.machine import Machine
 from innkeeper.machine.states import allowed_actions
+from innkeeper.operations.chains import clones_of, linked_to
 from innkeeper.operations.world import World
 from innkeeper.store.contract import Document, Value
 
@@ -39,6 +40,9 @@ class VMViews:
             "disks": self._disks(vm),
             "memory_used": used._asdict() if used else None,
             "snapshots": len(snapshots),
+            "cloned_from": (vm.get("cloned_from") or {}).get("name"),
+            "linked_to": await linked_to(self._world, vm),
+            "linked_clones": await clones_of(self._world, vm["id"]),
         }
 
     async def _images(self) -> dict[str, Value]:

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from innkeeper.spec.quantity import ImageName, Model
+from innkeeper.spec.quantity import ImageName, ImageReference, Model, Name, Version
 
 ImportFormat = Literal["qcow2", "raw", "vmdk", "vdi", "vhdx", "vpc"]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-fA-F]{64}$", description="SHA-256, 64 hex digits")]
@@ -52,28 +52,70 @@ class Warm(Model):
     waits: bool = Field(description="A process in the guest waits to be told who it is now")
 
 
+class TemplateRequest(Model):
+    """Seal the disks of a VM as a template: an image, and a version of it."""
+
+    vm: Name
+    name: ImageName
+    version: Version | None = Field(default=None, description="The next number by default")
+    accept: bool = Field(default=False, description="Seal it with whatever the scan finds in it")
+    clean: bool = Field(
+        default=False, description="Remove host keys, machine-id, histories, what cloud-init left; the VM keeps them"
+    )
+    by: str = Field(default="", max_length=200, description="Who asks for it, as they say")
+    note: str = Field(default="", max_length=1000)
+
+
+class Finding(Model):
+    """Something in a template that should not be in it."""
+
+    kind: str
+    path: str
+
+
+class Template(Model):
+    """What a template was sealed from, and how."""
+
+    name: ImageName
+    version: Version
+    vm: str = Field(description="Name of the VM")
+    by: str
+    note: str
+    firmware: Literal["bios", "uefi"]
+    disks: tuple[int, ...] = Field(description="Bytes the guest sees, of each disk")
+    scanned: bool = Field(description="Somebody has looked for what must not be in it")
+    cleaned: bool
+    accepted: tuple[Finding, ...] = Field(description="What was found and accepted")
+
+
 class Image(Model):
     """An image as it lies in the pool. Recorded once its bytes are whole and verified, never before."""
 
     id: str
-    name: ImageName
-    kind: Literal["disk", "kernel", "warm"] = Field(
-        description="disk: boots by its own loader; kernel: booted directly; warm: a running guest, to fork"
+    name: ImageReference
+    kind: Literal["disk", "kernel", "warm", "template"] = Field(
+        description="disk: boots by its own loader; kernel: booted directly; warm: a running guest, to fork; template: "
+        "the disks of a VM, sealed"
     )
     files: dict[str, str] = Field(
-        description="Role (disk, kernel, initrd; of a warm one disk, disk1, …, ram, devices, nvram, seed) → file name "
-        "in the image's folder"
+        description="Role (disk, kernel, initrd; of a warm one or a template disk, disk1, …, disk1-below1, …, ram, "
+        "devices, nvram, seed) → file name in the image's folder"
     )
     format: str = Field(description="Format of the disk file, recorded here and never probed again")
     cmdline: str = Field(default="", description="Kernel command line where kind is kernel")
     virtual_size: int = Field(description="Bytes the guest sees; 0 where there is no disk")
     stored_size: int = Field(description="Bytes allocated on the host")
     digests: dict[str, str] = Field(description="File name → BLAKE3 of its bytes")
+    stamps: dict[str, tuple[int, ...]] = Field(
+        default={}, description="File name → size, inode, times of change: of a file that nobody has touched since"
+    )
     user: str = Field(default="", description="Login user the image is made for")
     agent: bool = Field(default=False, description="Carries the guest agent")
     min_memory: int = Field(default=0, description="Bytes of RAM below which it does not come up; 0 where unknown")
     cloud_init: bool = Field(default=False, description="Reads a NoCloud seed")
-    base: str | None = Field(default=None, description="Id of the image that a warm one stands on")
+    base: str | None = Field(default=None, description="Id of the image that this one stands on")
     warm: Warm | None = None
+    template: Template | None = None
+    verified: str | None = Field(default=None, description="When the digests were last proved")
     source: dict[str, Any] = Field(description="How it was made: recipe and inputs, or file or URL and digest")
     created: str

@@ -7,7 +7,7 @@ from typing import Annotated
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from innkeeper.base.errors import InvalidInput
-from innkeeper.base.ids import IMAGE_NAME_PATTERN, NAME_PATTERN
+from innkeeper.base.ids import IMAGE_NAME_PATTERN, IMAGE_REFERENCE_PATTERN, NAME_PATTERN, VERSION_PATTERN
 from innkeeper.base.units import MIB, TIB, parse_size
 
 
@@ -28,6 +28,9 @@ def _whole_mebibytes(value: int) -> int:
 
 Name = Annotated[str, Field(pattern=NAME_PATTERN, max_length=63, examples=["web-1"])]
 ImageName = Annotated[str, Field(pattern=IMAGE_NAME_PATTERN, max_length=63, examples=["debian-12"])]
+ImageReference = Annotated[str, Field(pattern=IMAGE_REFERENCE_PATTERN, max_length=95, examples=["web:2"])]
+"""An image, the newest version of a template, or one version of it."""
+Version = Annotated[str, Field(pattern=VERSION_PATTERN, max_length=31, examples=["2", "2026-11"])]
 
 MemorySize = Annotated[
     int,

@@ -10,7 +10,7 @@ from pydantic import Field, field_validator, model_validator
 from innkeeper.base.units import GIB
 from innkeeper.spec.disk import DiskSpec
 from innkeeper.spec.nic import NicSpec
-from innkeeper.spec.quantity import ImageName, MemorySize, Model, Name
+from innkeeper.spec.quantity import ImageReference, MemorySize, Model, Name
 
 MAX_SEED = 256 * 1024
 """Bytes of user-data or Ignition. NoCloud has no limit of its own; this one keeps documents small."""
@@ -57,7 +57,7 @@ class VMSpec(Model):
     """A VM: what `inn launch` makes and `inn apply` keeps as written."""
 
     name: Name = Field(description="Also the guest's hostname")
-    image: ImageName | None = Field(default=None, description="None: an empty first disk, to install from an ISO")
+    image: ImageReference | None = Field(default=None, description="None: an empty first disk, to install from an ISO")
     # More need an x2APIC, which TCG of QEMU 7.2 lacks, and interrupt remapping, which is not planned yet.
     cpus: int = Field(default=2, ge=1, le=255, description="vCPUs")
     memory: MemorySize = Field(default=2 * GIB, description="RAM, bytes or text like 2G")

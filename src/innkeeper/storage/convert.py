@@ -11,36 +11,27 @@ and without compression: an image is read by every VM that stands on it, for all
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import errno
-import fcntl
 import json
 import os
 import re
-import threading
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from innkeeper.base.errors import ImageUnsafe, InvalidInput, PoolFull, ToolFailed
+from innkeeper.base.errors import ImageUnsafe, InvalidInput, ToolFailed
 from innkeeper.base.units import GIB, MIB, format_size
 from innkeeper.storage.cage import Limits, run_tool
+from innkeeper.storage.copy import Report, copy_files
 from innkeeper.storage.formats import ImageHeader, inspect, inspect_fd, qcow2
 from innkeeper.storage.formats.detect import open_image
+from innkeeper.storage.room import pool_full, room_for
 from innkeeper.storage.threads import in_thread
-
-Report = Callable[[float | None, str], None]
-"""Progress: a fraction from 0 to 1 (`None`: not known), and a line for people."""
 
 TOOL_MEMORY = 2 * GIB
 """Address space of a caged qemu-img, most of it reserved by threads and never touched."""
 SLOWEST = 10 * MIB
 """Bytes of virtual disk a second that a conversion must reach, or it is killed."""
-FICLONE = 0x40049409
-"""linux/fs.h: make one file share all blocks of another, copy-on-write (btrfs, xfs)."""
-_CHUNK = 4 * MIB
 _CONVERT = ("qemu-img", "convert", "-p", "-n", "--target-is-zero", "-O", "qcow2")
 _PERCENT = re.compile(r"\((\d{1,3}\.\d\d)/100%\)")
 
@@ -69,28 +60,9 @@ async def stage(source: Path, target: Path, *, report: Report) -> None:
     """
     fd = open_image(source)
     try:
-        out = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-        try:
-            if not _clone(fd, out):
-                room = room_for(target.parent)
-                if (needed := os.fstat(fd).st_blocks * 512) > room:
-                    raise _pool_full(target.parent, f"a copy of {source} needs {format_size(needed)}", room)
-                loop = asyncio.get_running_loop()
-
-                def tell(fraction: float) -> None:
-                    loop.call_soon_threadsafe(report, fraction, "copying")
-
-                await in_thread(lambda stop: _copy(fd, out, stop, tell))
-        except OSError as error:
-            target.unlink(missing_ok=True)
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise _pool_full(target.parent, f"no room for a copy of {source}") from error
-            raise InvalidInput(f"{source} could not be copied: {error.strerror}") from error
-        except BaseException:
-            target.unlink(missing_ok=True)
-            raise
-        finally:
-            os.close(out)
+        await copy_files([(fd, target)], report=report)
+    except OSError as error:
+        raise InvalidInput(f"{source} could not be copied: {error.strerror}") from error
     finally:
         os.close(fd)
 
@@ -169,7 +141,7 @@ async def create_overlay(base: Path, base_format: str, target: Path, size: int, 
         qcow2.write_overlay(target, base, base_format, size, durable=durable)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise _pool_full(target.parent, f"no room for {target.name}") from error
+            raise pool_full(target.parent, f"no room for {target.name}") from error
         raise
 
 
@@ -195,13 +167,6 @@ async def image_check(path: Path, *, job: str = "", user: int | None = None) -> 
         os.close(fd)
     found = json.loads(out)
     return CheckReport(found.get("corruptions", 0), found.get("leaks", 0), found.get("check-errors", 0))
-
-
-def room_for(folder: Path) -> int:
-    """Bytes that may still be written in the folder's file system; a reserve stays free for everybody else."""
-    state = os.statvfs(folder)
-    reserve = min(state.f_blocks * state.f_frsize // 20, 256 * MIB)
-    return max(0, state.f_bavail * state.f_frsize - reserve)
 
 
 async def _run_convert(
@@ -242,7 +207,7 @@ async def _run_convert(
     except ToolFailed as error:
         too_large = "File too large" in error.detail or "SIGXFSZ" in error.detail
         if "No space left" in error.detail or (too_large and room < whole):
-            raise _pool_full(folder, f"no room for the image ({format_size(size)} at most)", room) from error
+            raise pool_full(folder, f"no room for the image ({format_size(size)} at most)", room) from error
         if too_large:
             raise ImageUnsafe(f"the image holds more than the {format_size(size)} that it claims") from error
         raise
@@ -256,39 +221,3 @@ def _file(driver: str, fd: int) -> dict[str, Any]:
 
 def _json(node: dict[str, Any]) -> str:
     return "json:" + json.dumps(node)
-
-
-def _clone(fd: int, out: int) -> bool:
-    with contextlib.suppress(OSError):
-        fcntl.ioctl(out, FICLONE, fd)
-        return True
-    return False
-
-
-def _copy(fd: int, out: int, stop: threading.Event, tell: Callable[[float], None]) -> None:
-    """Only what is data, in a thread; the size is the one at the beginning, however the file grows."""
-    size = os.fstat(fd).st_size
-    os.ftruncate(out, size)
-    at = 0
-    while at < size and not stop.is_set():
-        try:
-            at = os.lseek(fd, at, os.SEEK_DATA)
-            end = min(os.lseek(fd, at, os.SEEK_HOLE), size)
-        except OSError as error:
-            if error.errno == errno.ENXIO:  # a hole up to the end
-                break
-            raise
-        while at < end and not stop.is_set():
-            piece = os.pread(fd, min(_CHUNK, end - at), at)
-            if not piece:
-                return
-            done = 0
-            while done < len(piece):
-                done += os.pwrite(out, piece[done:], at + done)
-            at += done
-            tell(at / size)
-
-
-def _pool_full(folder: Path, what: str, room: int | None = None) -> PoolFull:
-    left = room_for(folder) if room is None else room
-    return PoolFull(f"{what}; {format_size(left)} may be used in {folder}", free=left)

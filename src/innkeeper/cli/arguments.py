@@ -1,0 +1,30 @@
+"""Arguments that several commands of `inn` take, and the groups that `inn help` shows."""
+
+from __future__ import annotations
+
+from innkeeper.cli.parser import duration
+from innkeeper.cli.table import Argument as A
+
+FORMATS = ("qcow2", "raw", "vmdk", "vdi", "vhdx", "vpc")
+
+VM = A(("vm",), "name or id of the VM", {"metavar": "VM"}, "vm")
+VMS = A(("vms",), "names or ids of VMs", {"metavar": "VM", "nargs": "+"}, "vm")
+IMAGE = A(("image",), "name of the image", {"metavar": "IMAGE"}, "image")
+NO_WAIT = A(("--no-wait",), "return at once and print the operation's id", {"action": "store_true"})
+FOLLOW = A(("-f", "--follow"), "go on as more comes, until ctrl-C", {"action": "store_true"})
+FORMAT = A(("--format",), "its format, told from the file's header by default", {"choices": FORMATS})
+TIMEOUT = A(
+    ("--timeout",), "how long the guest may take, like 90s; then it fails", {"metavar": "TIME", "type": duration}
+)
+
+SNAPSHOT = A(("snapshot",), "name or id of the snapshot", {"metavar": "SNAP"})
+
+MACHINES, IMAGES, SNAPSHOTS, COPIES_OF, INSIDE, AS_FILES, HOST = (
+    "Virtual machines",
+    "Images",
+    "Snapshots",
+    "Clones, templates, forks",
+    "Inside a guest",
+    "Declarative files",
+    "Host and daemon",
+)

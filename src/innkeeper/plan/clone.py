@@ -1,0 +1,56 @@
+"""What a clone is, as far as it follows from the VM that it is made of: pure functions of documents.
+
+It has the same hardware, machine type and CPU model, since that is what the guest was installed on. What makes it
+itself is new, unless its identity is to be kept; see docs/templates.md for who changes what in the guest.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from innkeeper.plan.identity import Identity
+from innkeeper.spec.vm import VMSpec
+
+
+def clone_spec(vm: Mapping[str, Any], name: str, *, keep_identity: bool) -> VMSpec:
+    """The spec of a clone of `vm`: no published ports, since a host port leads to one VM; a disc only if the source
+    would boot from it, too."""
+    macs = vm["identity"]["macs"] if keep_identity else [None] * len(vm["spec"]["nics"])
+    nics = [nic | {"publish": [], "mac": mac} for nic, mac in zip(vm["spec"]["nics"], macs, strict=True)]
+    return VMSpec.model_validate(
+        vm["spec"] | {"name": name, "nics": nics, "iso": vm["spec"]["iso"] if vm["disc"] else None}
+    )
+
+
+def clone_identity(fresh: Identity, vm: Mapping[str, Any], *, keep_identity: bool) -> Identity:
+    """`fresh` on the machine that the source has; with `keep_identity`, to be taken for the source."""
+    fields = ["machine_type", "accelerator", "cpu_model"]
+    if keep_identity:
+        fields += ["uuid", "vmgenid", "macs"]
+    return Identity.model_validate(fresh.model_dump() | {field: vm["identity"][field] for field in fields})
+
+
+def clone_first_boot(first_boot: Mapping[str, Any], macs: Sequence[tuple[str, str]]) -> dict[str, Any]:
+    """What the clone's seed is made from: the source's, a network configuration with its own MACs ((old, new)), and no
+    Ignition, which has done its work on the disk."""
+    network = first_boot["network_config"]
+    for old, new in macs:
+        network = network and re.sub(re.escape(old), new, network, flags=re.IGNORECASE)
+    return {**first_boot, "network_config": network, "ignition": None}
+
+
+def remarks(vm: Mapping[str, Any], spec: VMSpec, *, keep_identity: bool, user_data: bool) -> list[str]:
+    """What whoever cloned `vm` should know about the clone, in sentences."""
+    said = []
+    if ports := [str(port["host"]) for nic in vm["spec"]["nics"] for port in nic["publish"]]:
+        said.append(f"{spec.name} publishes no ports: {', '.join(ports)} still lead to {vm['name']}")
+    if keep_identity:
+        said.append(
+            f"{spec.name} and {vm['name']} have one identity (UUID, MACs, hostname, machine-id, SSH host keys):"
+            " never have both on one network"
+        )
+    elif user_data:
+        said.append(f"cloud-init takes {spec.name} for a new machine: it runs the user-data of {vm['name']} again")
+    return said

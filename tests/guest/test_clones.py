@@ -1,0 +1,218 @@
+"""Clones of real guests: what was on the disks is on the clone's, and neither sees what the other writes later."""
+
+import os
+import re
+import subprocess
+import time
+from contextlib import contextmanager
+
+import pytest
+from conftest import CACHE, Daemon, _folder
+from test_snapshots import all_written, layers, mounted, sh, write_on
+
+from innkeeper.client.errors import ApiError
+
+pytestmark = pytest.mark.guest
+
+
+@pytest.fixture
+def vm(daemon):
+    made = daemon.inn.launch("tiny", name="source", memory="256M", disk="256M", publish=["28080:80"])
+    sh(made, "mkfs.ext4 -q /dev/vda; mkdir -p /data; mount /dev/vda /data")
+    yield made
+    left = [one["name"] for one in daemon.inn.vms() if one["name"] != "shared"]
+    for name in sorted(left, key=lambda name: name == "source"):  # linked clones first
+        daemon.inn.vm(name).delete(force=True)
+
+
+def started(daemon, name: str):
+    """A clone with its disk checked and mounted."""
+    clone = daemon.inn.vm(name)
+    clone.start()
+    mounted(clone)
+    return clone
+
+
+def test_a_running_vm_is_cloned_at_one_moment_and_goes_on(daemon, vm):
+    write_on(vm)
+    vm.clone("full").wait()
+    vm.clone("linked", linked=True).wait()
+    vm.clone("frozen", quiesce=True).wait()
+    assert layers(daemon, vm) == 2  # its own, and the one that the linked clone stands on with it
+    assert vm.state == "running"
+    for name in ("full", "linked", "frozen"):
+        clone = started(daemon, name)
+        assert int(sh(clone, "ls /data | wc -l")) > 1
+        sh(clone, "rm -rf /data/*; echo its own >/data/mine; sync")
+        clone.stop(force=True)
+    all_written(vm)  # the checksums that the guest has in memory are right, whatever its clones wrote
+    mounted_again = started(daemon, "linked")
+    assert sh(mounted_again, "cat /data/mine") == "its own\n"
+
+
+def test_a_clone_is_a_machine_of_its_own(daemon, vm):
+    remarks = vm.clone("other").wait().result["warnings"]
+    assert any("28080" in remark for remark in remarks)
+    source, clone = vm.info, daemon.inn.vm("other").info
+    assert clone["state"] == "stopped" and clone["cloned_from"] == "source" and clone["linked_to"] == []
+    assert clone["forwards"] == [] and clone["ssh_port"] != source["ssh_port"]
+    for what in ("uuid", "macs"):
+        assert clone["machine"][what] != source["machine"][what]
+    assert clone["machine"]["type"] == source["machine"]["type"]
+    other = started(daemon, "other")
+    look = "hostname; cat /sys/class/net/eth0/address"
+    assert sh(other, look).split() == ["other", *clone["machine"]["macs"]]
+    assert sh(vm, look).split() == ["source", *source["machine"]["macs"]]
+
+
+def test_a_clone_may_keep_the_identity(daemon, vm):
+    vm.stop(force=True)
+    (remark,) = [r for r in vm.clone("twin", keep_identity=True).wait().result["warnings"] if "identity" in r]
+    assert "never have both on one network" in remark
+    twin = daemon.inn.vm("twin").info
+    for what in ("uuid", "macs"):
+        assert twin["machine"][what] == vm.info["machine"][what]
+    folders = [daemon.home.vm(one["id"]) for one in (twin, vm.info)]
+    assert len({(folder / "seed.iso").read_bytes() for folder in folders}) == 1
+    assert twin["ssh_port"] != vm.info["ssh_port"]
+    started(daemon, "twin")
+
+
+def test_what_a_linked_clone_stands_on_stays(daemon, vm):
+    sh(vm, "echo A >/data/a; sync")
+    vm.clone("linked", linked=True).wait()
+    sh(vm, "echo B >/data/a; sync")
+    vm.clone("second", linked=True).wait()
+    with pytest.raises(ApiError, match="linked, second") as refused:
+        vm.delete(force=True)
+    assert refused.value.code == "in-use" and refused.value.facts["users"] == ["linked", "second"]
+    assert vm.state == "running" and vm.info["linked_clones"] == ["linked", "second"]
+    vm.snapshots.create("here").wait()
+    linked = started(daemon, "linked")  # has the shared layers open while those of the source are merged
+    vm.snapshots.delete("here").wait()
+    vm.snapshots.prune().wait()
+    assert layers(daemon, vm) == 3
+    assert sh(linked, "cat /data/a") == "A\n"
+    second = started(daemon, "second")
+    assert sh(second, "cat /data/a") == "B\n"
+    linked.clone("alone").wait()  # full: it takes all layers along, those of the source too
+    linked.delete(force=True)
+    second.delete(force=True)
+    vm.snapshots.prune().wait()
+    assert layers(daemon, vm) == 1
+    vm.delete(force=True)
+    assert sh(started(daemon, "alone"), "cat /data/a") == "A\n"
+
+
+def test_a_paused_and_a_crashed_vm_are_cloned(daemon, vm):
+    sh(vm, "echo A >/data/a; sync")
+    vm.pause()
+    vm.clone("of-paused").wait()
+    assert vm.state == "paused" and layers(daemon, vm) == 1
+    os.kill(vm.info["pid"], 9)
+    deadline = time.monotonic() + 30
+    while vm.state != "crashed":
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    vm.clone("of-crashed").wait()
+    for name in ("of-paused", "of-crashed"):
+        assert sh(started(daemon, name), "cat /data/a") == "A\n"
+
+
+def test_clones_that_cannot_be(daemon, vm):
+    with pytest.raises(ApiError, match="already") as taken:
+        vm.clone("source")
+    assert taken.value.code == "name-taken"
+    with pytest.raises(ApiError) as invalid:
+        vm.clone("no/name")
+    assert invalid.value.code == "invalid-input"
+    vm.stop(force=True)
+    with pytest.raises(ApiError, match="does not run"):
+        vm.clone("other", quiesce=True).wait()
+    assert "other" not in [one["name"] for one in daemon.inn.vms()] and layers(daemon, vm) == 1
+
+
+@contextmanager
+def file_system(kind: str, size: str):
+    """A file system of its own; taken away again, whatever happens in it."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting needs root")
+    folder = _folder()
+    try:
+        if kind == "tmpfs":
+            mount = ["mount", "-t", "tmpfs", "-o", f"size={size},mode=711", "tmpfs"]
+        else:
+            image = folder.with_suffix(".img")
+            subprocess.run(["truncate", "-s", size, image], check=True)
+            try:
+                subprocess.run([f"mkfs.{kind}", "-q", image], check=True, capture_output=True)
+            except FileNotFoundError:
+                pytest.skip(f"mkfs.{kind} is not installed")
+            mount = ["mount", "-o", "loop", image]
+        done = subprocess.run([*mount, folder], capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(f"{kind} cannot be mounted here: {done.stderr.strip()}")
+        folder.chmod(0o711)
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", folder], capture_output=True)  # its loop device goes with it
+        folder.with_suffix(".img").unlink(missing_ok=True)
+        folder.rmdir()
+
+
+@contextmanager
+def daemon_in(pool):
+    """A daemon whose pool is that folder, with the tiny image."""
+    CACHE.mkdir(mode=0o711, exist_ok=True)
+    made = Daemon(_folder(), pool)
+    try:
+        made.add_image("tiny")
+        yield made.start()
+    finally:
+        made.clean()
+
+
+BLOB = 150 << 20
+
+
+def filled(daemon):
+    """A VM with a disk full of data, stopped."""
+    vm = daemon.inn.launch("tiny", name="source", memory="256M", disk="256M")
+    fill = f"head -c {BLOB} /dev/urandom >/data/blob; sync"
+    sh(vm, f"mkfs.ext4 -q /dev/vda; mkdir -p /data; mount /dev/vda /data; {fill}")
+    vm.stop(force=True)
+    return vm
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("kind", ["xfs", "btrfs"])
+def test_a_full_clone_shares_blocks_where_the_file_system_can(kind):
+    with file_system(kind, "600M") as pool, daemon_in(pool) as daemon:
+        vm = filled(daemon)
+        os.sync()
+        before = os.statvfs(pool)
+        for number in range(3):  # a copy of each would not fit
+            vm.clone(f"clone-{number}").wait()
+        os.sync()
+        taken = (before.f_bfree - os.statvfs(pool).f_bfree) * before.f_frsize
+        assert taken < 100 << 20
+        (theirs,) = daemon.home.vm(vm.info["id"]).glob("disk0-*.qcow2")
+        (ours,) = daemon.home.vm(daemon.inn.vm("clone-0").info["id"]).glob("disk0-*.qcow2")
+        shown = subprocess.run(["filefrag", "-v", ours], capture_output=True, text=True, check=True).stdout
+        assert re.search(r"\bshared\b", shown) and ours.read_bytes() == theirs.read_bytes()
+        clone = started(daemon, "clone-2")
+        vm.delete()
+        assert int(sh(clone, "wc -c </data/blob")) == BLOB
+
+
+@pytest.mark.root
+def test_a_full_pool_leaves_the_source_as_it_was():
+    with file_system("tmpfs", "300M") as pool, daemon_in(pool) as daemon:
+        vm = filled(daemon)
+        vm.start()
+        with pytest.raises(ApiError) as full:
+            vm.clone("other").wait()
+        assert full.value.code == "pool-full"
+        assert [one["name"] for one in daemon.inn.vms()] == ["source"] and layers(daemon, vm) == 1
+        mounted(vm)
+        assert int(sh(vm, "wc -c </data/blob")) == BLOB
