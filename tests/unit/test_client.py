@@ -272,7 +272,7 @@ def test_a_vm_is_made_and_deleted(daemon):
     operation.wait(lambda one: seen.append(one.state))
     assert seen[-1] == "done" and operation.ended and operation.error is None
     vm = inn.vm("sdk-made")
-    assert vm.state == "stopped" and vm.info["memory"] == 128 << 20
+    assert vm.state == "stopped" and vm.info["memory"] == 160 << 20
     assert "sdk-made" in [document["name"] for document in inn.vms()]
     assert inn.apply([vm.export() | {"state": "stopped"}])["changes"][0]["action"] == "none"
     assert vm.stop().idle
