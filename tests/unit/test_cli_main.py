@@ -49,7 +49,7 @@ def test_a_life_without_a_guest(inn, daemon):
     assert "cli-life" in [vm["name"] for vm in json.loads(inn("ls", "-o", "json").stdout)]
     listed = inn("ls").stdout
     assert "cli-life" in listed and "\x1b" not in listed and "160 MiB" in listed
-    assert json.loads(inn("info", "cli-life", "-o", "json").stdout)["memory"] == 128 << 20
+    assert json.loads(inn("info", "cli-life", "-o", "json").stdout)["memory"] == 160 << 20
     assert "stopped" in inn("info", "cli-life").stdout
     exported = inn("export", "cli-life").stdout
     assert "memory: 160M" in exported
