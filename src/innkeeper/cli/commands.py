@@ -328,19 +328,11 @@ COMMANDS: tuple[C, ...] = (
                 "remove it by itself after this time, like 12h (default 3d), or never",
                 {"metavar": "TIME", "type": lifetime, "default": 3 * 86400.0},
             ),
-            A(
-                ("--memory",),
-                "memory and devices too: a restore goes on with what the guest was doing",
-                {"action": "store_true"},
-            ),
+            A(("--memory",), "memory and devices too: a restore goes on from there", {"action": "store_true"}),
             A(("--quiesce",), "have the guest freeze its file systems for it", {"action": "store_true"}),
             NO_WAIT,
         ),
-        (
-            "inn snapshot create web before-upgrade",
-            "inn snapshot create web --memory",
-            "inn snapshot create db --quiesce --ttl 12h",
-        ),
+        ("inn snapshot create web --memory", "inn snapshot create db before-upgrade --quiesce --ttl 12h"),
         "document",
         "Without --quiesce the disks are as after a power cut at that moment. A snapshot is no backup: it lies beside "
         "the disk it belongs to.",
