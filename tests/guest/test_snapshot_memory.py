@@ -4,6 +4,7 @@ import os
 import random
 import signal
 import time
+from pathlib import Path
 
 import pytest
 from conftest import running_daemon
@@ -97,6 +98,18 @@ def wait_until_ready(vm) -> None:
         time.sleep(0.2)
 
 
+@pytest.fixture
+def write_protection():
+    """Lets QEMU use userfaultfd(2) for the length of a test, where the host's kernel and we can."""
+    switch = Path("/proc/sys/vm/unprivileged_userfaultfd")
+    if os.geteuid() != 0 or not switch.exists():
+        pytest.skip("needs root and userfaultfd(2)")
+    before = switch.read_text()
+    switch.write_text("1")
+    yield
+    switch.write_text(before)
+
+
 def agree(vm) -> None:
     """Stop writing; what the file system says, what is on the disk, and what is in memory belong together."""
     at, seen = sh(vm, "touch /run/stop; while [ ! -e /run/stopped ]; do :; done; cat /data/n /run/n").split()
@@ -104,15 +117,21 @@ def agree(vm) -> None:
     assert sh(vm, "umount /data; e2fsck -fn /dev/vda >&2; mount /dev/vda /data; cat /data/n").strip() == seen
 
 
-def test_memory_and_disks_are_of_one_moment(vm):
+def test_memory_and_disks_are_of_one_moment(inn, vm):
     """The guest's cache says what its disk holds: were one older than the other, the file system would fall apart."""
     begin(vm, BOTH)
     sh(vm, "while [ ! -e /run/n ]; do :; done")
     for name in ("one", "two"):
         vm.snapshots.create(name, memory=True).wait()
+        assert vm.snapshots.get(name)["memory"]["how"] == inn.inn.host()["memory_saving"]["how"]
     for name in ("one", "two", "one"):
         vm.snapshots.restore(name, force=True, keep=False).wait()
         agree(vm)
+
+
+def test_the_same_behind_the_guests_back(write_protection, inn, vm):
+    assert inn.inn.host()["memory_saving"]["how"] == "background"
+    test_memory_and_disks_are_of_one_moment(inn, vm)
 
 
 def test_what_was_paused_stays_so_and_the_disks_can_be_had_alone(vm):

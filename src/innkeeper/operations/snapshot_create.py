@@ -143,6 +143,7 @@ async def _with_memory(ctx: Context, vm: Value) -> None:
     async def freeze() -> None:
         await _freeze(ctx, vm, machine)
 
+    await blocks.open_above(machine.monitor, await _pairs(ctx))  # now, while the guest runs
     await capture(ctx, vm, machine, switched, freeze)
 
 
@@ -152,7 +153,8 @@ async def _switched(ctx: Context, machine: Machine) -> bool:
 
 async def _freeze(ctx: Context, vm: Value, machine: Machine) -> None:
     ctx.data["nvram"] = keep_nvram(ctx.world, vm, ctx.data["snapshot"])
-    await ctx.save()
+    if ctx.data["nvram"]:
+        await ctx.save()
     await blocks.put_on_top(machine.monitor, await _pairs(ctx))
 
 

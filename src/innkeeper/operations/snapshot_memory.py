@@ -27,6 +27,8 @@ from innkeeper.qemu import memory
 from innkeeper.spec.vm import VMSpec
 from innkeeper.store.contract import Value
 
+WRITE_OUT = 0.1
+"""Seconds between two times at which what was saved is written out."""
 LONG = 1.0
 """Seconds of standing still that are remarked upon."""
 AGENT_BACK = 10.0
@@ -107,6 +109,11 @@ async def _save(ctx: Context, machine: Machine, staged: Path, freeze: Deed) -> N
         ctx.data |= {"how": "rounds" if why_not else "background", "switching": True, "held": True}
         await ctx.save()
         if why_not is None:
+            if resident(ctx, machine.id) < await _size(ctx):
+                machine.hold_when_stopped()
+                await memory.touch(machine.monitor)
+                await machine.goes_on()
+                await memory.behind_its_back(machine.monitor)
             await hold(ctx, machine)
             await freeze()
             await memory.save_behind(machine.monitor, fd, report)
@@ -119,9 +126,25 @@ async def _save(ctx: Context, machine: Machine, staged: Path, freeze: Deed) -> N
             await freeze()
 
         machine.hold_when_stopped()
-        await memory.save_rounds(machine.monitor, fd, at_rest, report)
+        writing = asyncio.create_task(_write_out(fd))
+        try:
+            await memory.save_rounds(machine.monitor, fd, at_rest, report)
+        finally:
+            writing.cancel()
+            await asyncio.wait({writing})
     finally:
         os.close(fd)
+
+
+async def _size(ctx: Context) -> int:
+    return int((await ctx.world.find("vm", ctx.target["id"]))["spec"]["memory"])
+
+
+async def _write_out(fd: int) -> None:
+    """Have the file on the host's disk as it grows: what QEMU flushes when the guest stops would wait for all of it."""
+    while True:
+        await asyncio.to_thread(os.fdatasync, fd)
+        await asyncio.sleep(WRITE_OUT)
 
 
 async def _finish(machine: Machine, staged: Path) -> None:

@@ -10,6 +10,7 @@ QEMU: qapi/migration.json, migration/migration.c.
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -43,6 +44,23 @@ async def behind_its_back(monitor: Monitor) -> str | None:
     except QmpFailed as error:
         return error.detail
     return None
+
+
+async def touch(monitor: Monitor) -> None:
+    """Have all of a running guest's RAM read once. A background snapshot needs every page to be there, and has the
+    guest stand still while QEMU brings in those that it never used. The first round of a save to nowhere does it."""
+    await capabilities(monitor, "pause-before-switchover")
+    await monitor.execute("migrate-set-parameters", {"max-bandwidth": BANDWIDTH, "downtime-limit": 0})
+    nowhere = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        await _migrate(monitor, nowhere)
+    finally:
+        os.close(nowhere)
+    while (found := await look(monitor))["status"] in ("setup", "active"):
+        if found.get("ram", {}).get("dirty-sync-count", 0) > 1:
+            break
+        await asyncio.sleep(POLL)
+    await abandon(monitor)
 
 
 async def save_behind(monitor: Monitor, fd: int, progress: Progress) -> None:
