@@ -10,6 +10,7 @@ import pytest
 from conftest import running_daemon
 
 from innkeeper.client.errors import ApiError
+from innkeeper.client.wishes import vm_spec
 
 pytestmark = pytest.mark.guest
 
@@ -163,6 +164,23 @@ def test_what_makes_no_sense_is_refused_with_the_reason(inn, vm):
     with pytest.raises(ApiError, match="is stopped"):
         vm.snapshots.create(memory=True)
     assert files(inn, vm) == [] and [one["name"] for one in vm.snapshots.list()] == ["disks"]
+
+
+def test_a_fork_goes_on_from_its_memory_too(inn):
+    """Its devices are those of the warm image until it boots for the first time."""
+    inn.inn.warm("tiny", vm_spec("warming", "tiny", memory="256M", disk="256M")).wait()
+    with inn.inn.fork("tiny-warm") as fork:
+        begin(fork, COUNT)
+        sh(fork, "while [ ! -e /run/count ]; do :; done")
+        fork.snapshots.create("then", memory=True).wait()
+        who = sh(fork, "hostname; cat /sys/class/net/*/address; echo 10000000 >/run/count")
+        fork.snapshots.restore("then", force=True, keep=False).wait()
+        assert counted(fork) < 10_000_000 and sh(fork, "hostname; cat /sys/class/net/*/address") == who
+        fork.snapshots.restore("then", start=True, disks_only=True, keep=False).wait()
+        wait_until_ready(fork)
+        fork.snapshots.restore("then", force=True).wait()  # its own life has begun meanwhile
+        assert counted(fork) < 10_000_000
+    inn.inn.image_delete("tiny-warm").wait()
 
 
 def test_the_machine_is_set_back_to_the_one_that_the_memory_fits(inn, vm):

@@ -92,7 +92,7 @@ async def capture(
         "how": ctx.data["how"],
         "pause": round(machine.stood_still, 4),
         "agent": machine.status.agent,
-        "reporting": any('"free-page-reporting":true' in word for word in argv),
+        "as_fork": any('"free-page-reporting":false' in word for word in argv),
     }
     await ctx.save()
 

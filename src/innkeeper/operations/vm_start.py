@@ -170,7 +170,7 @@ async def plan(ctx: Context, vm: Value) -> Plan:
     saved = ctx.data.get("memory")
     return command(
         spec, identity, host, image, files, capturable=vm["capturable"], incoming=bool(saved),
-        reporting=saved["reporting"] if saved else True,
+        as_fork=bool(saved and saved["as_fork"]),
     )  # fmt: skip
 
 

@@ -6,9 +6,9 @@ snapshot that the VM stood on when it was taken; `taken` the state that the VM w
 once it is being removed: then its layers may be merged with others, so there is no way back to it. The VM's document
 says under `at` which snapshot the present stands on.
 
-`memory` is None, or says of the saved execution {size, how, pause, agent, reporting}: bytes of its file on the host's
+`memory` is None, or says of the saved execution {size, how, pause, agent, as_fork}: bytes of its file on the host's
 disk; `background` or `rounds` (qemu/memory.py); seconds for which the guest stood still; whether an agent listened, and
-whether the balloon of that QEMU could report free pages.
+whether that QEMU had the devices of a fork (plan/command.py).
 """
 
 from __future__ import annotations
