@@ -144,6 +144,7 @@ def _qemu(facts: dict[str, Any]) -> list[tuple[str, Any]]:
 WAYS = {
     "background": "behind the guest's back: it hardly stands still",
     "rounds": "in rounds while the guest runs: one that writes fast is slowed down",
+    "stopped": "while the guest stands still: the more RAM, the longer",
 }
 
 
@@ -153,7 +154,7 @@ def _saving(saving: dict[str, Any]) -> list[tuple[str, Any]]:
         return []
     return [
         ("Saving memory", WAYS[saving["how"]]),
-        ("", (saving["reason"] if saving["how"] == "rounds" else "", "dim")),
+        ("", (saving["reason"] if saving["how"] != "background" else "", "dim")),
         ("", (f"→ {saving['hint']}", "dim") if saving.get("hint") else ""),
     ]
 

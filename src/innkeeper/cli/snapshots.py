@@ -15,6 +15,7 @@ from innkeeper.client import Innkeeper, Operation
 WAYS = {
     "background": "saved behind the guest's back (background-snapshot)",
     "rounds": "saved round by round while the guest ran (precopy)",
+    "stopped": "saved while the guest stood still",
 }
 NO_BACKUP = "a snapshot is no backup: it lies beside the disk it belongs to, and is lost with it"
 

@@ -82,7 +82,7 @@ async def capture(
             await memory.abandon(machine.monitor)
             await release(ctx)
             check_room(ctx, resident(ctx, vm["id"]))
-            await _save(ctx, machine, staged, freeze)
+            await _save(ctx, vm, machine, staged, freeze)
         await release(ctx)
         await asyncio.to_thread(_publish, staged, path)
     live = await ctx.world.store.get(f"live/{vm['id']}")
@@ -97,7 +97,7 @@ async def capture(
     await ctx.save()
 
 
-async def _save(ctx: Context, machine: Machine, staged: Path, freeze: Deed) -> None:
+async def _save(ctx: Context, vm: Value, machine: Machine, staged: Path, freeze: Deed) -> None:
     def report(fraction: float | None) -> None:
         ctx.report(fraction, "saving memory")
 
@@ -105,17 +105,20 @@ async def _save(ctx: Context, machine: Machine, staged: Path, freeze: Deed) -> N
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     fd = os.open(staged, flags, 0o600)  # QEMU gets it from us: its user could not open it
     try:
-        why_not = await memory.behind_its_back(machine.monitor)
-        ctx.data |= {"how": "rounds" if why_not else "background", "switching": True, "held": True}
+        ctx.data |= {"how": await _way(vm, machine), "switching": True, "held": True}
         await ctx.save()
-        if why_not is None:
-            if resident(ctx, machine.id) < await _size(ctx):
+        if ctx.data["how"] != "rounds":
+            if resident(ctx, machine.id) < vm["spec"]["memory"]:
                 machine.hold_when_stopped()
                 await memory.touch(machine.monitor)
                 await machine.goes_on()
-                await memory.behind_its_back(machine.monitor)
             await hold(ctx, machine)
             await freeze()
+        if ctx.data["how"] == "stopped":
+            await memory.save_stopped(machine.monitor, fd, report)
+            return
+        if ctx.data["how"] == "background":
+            await memory.behind_its_back(machine.monitor)
             await memory.save_behind(machine.monitor, fd, report)
             await machine.goes_on()
             ctx.data["held"] = False
@@ -136,8 +139,11 @@ async def _save(ctx: Context, machine: Machine, staged: Path, freeze: Deed) -> N
         os.close(fd)
 
 
-async def _size(ctx: Context) -> int:
-    return int((await ctx.world.find("vm", ctx.target["id"]))["spec"]["memory"])
+async def _way(vm: Value, machine: Machine) -> str:
+    """`background`, `rounds` or `stopped` (qemu/memory.py)."""
+    if await memory.behind_its_back(machine.monitor) is None:
+        return "background"
+    return memory.otherwise(vm["identity"]["accelerator"])
 
 
 async def _write_out(fd: int) -> None:
@@ -185,11 +191,9 @@ def drop_memory(world: World, vm_id: str, snapshot_id: str) -> None:
 
 def remarks(name: str, found: Value) -> list[str]:
     """What is worth saying of a saved memory."""
-    if found["how"] == "rounds" and found["pause"] > LONG:
-        return [
-            f"{name} changed its memory faster than it could be saved, and stood still for {found['pause']:.1f} s; "
-            "inn host tells whether this host could do without"
-        ]
+    if found["pause"] > LONG:
+        why = "" if found["how"] == "stopped" else ", since it changed its memory faster than it could be saved"
+        return [f"{name} stood still for {found['pause']:.1f} s{why}; inn host tells how memory is saved here, and why"]
     return []
 
 

@@ -7,7 +7,7 @@ once it is being removed: then its layers may be merged with others, so there is
 says under `at` which snapshot the present stands on.
 
 `memory` is None, or says of the saved execution {size, how, pause, agent, as_fork}: bytes of its file on the host's
-disk; `background` or `rounds` (qemu/memory.py); seconds for which the guest stood still; whether an agent listened, and
+disk; the way (qemu/memory.py); seconds for which the guest stood still; whether an agent listened, and
 whether that QEMU had the devices of a fork (plan/command.py).
 """
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from innkeeper.base.errors import InnkeeperError
 from innkeeper.host.users import errand_uid
-from innkeeper.qemu.memory import behind_its_back
+from innkeeper.qemu.memory import behind_its_back, otherwise
 from innkeeper.qemu.offline import opened
 
 ALLOWED_TO_ALL = Path("/proc/sys/vm/unprivileged_userfaultfd")
@@ -21,19 +21,20 @@ _HINT = (
 _answers: dict[tuple[object, ...], str | None] = {}
 
 
-async def how_memory_is_saved(binary: str) -> dict[str, Any]:
-    """{how, reason, hint}: `background`, or `rounds` and why. Asked again when what it depends on has changed."""
+async def how_memory_is_saved(binary: str, accelerator: str) -> dict[str, Any]:
+    """{how, reason, hint}: `background`, or `rounds` or `stopped` and why. Asked again when what it depends on has
+    changed."""
     key = (binary, _text(ALLOWED_TO_ALL), _mode(DEVICE))
     if key not in _answers:
         try:
             async with opened(binary, (), errand_uid()) as monitor:
                 _answers[key] = await behind_its_back(monitor)
         except InnkeeperError as error:
-            return {"how": "rounds", "reason": error.detail, "hint": ""}
+            return {"how": otherwise(accelerator), "reason": error.detail, "hint": ""}
     why_not = _answers[key]
     if why_not is None:
         return {"how": "background", "reason": "QEMU may write-protect its guest's memory", "hint": ""}
-    return {"how": "rounds", "reason": why_not, "hint": _HINT if key[1] == "0" else ""}
+    return {"how": otherwise(accelerator), "reason": why_not, "hint": _HINT if key[1] == "0" else ""}
 
 
 def _text(path: Path) -> str:

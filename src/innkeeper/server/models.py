@@ -215,8 +215,8 @@ class PruneRequest(Model):
 
 class SnapshotView(Open):
     """`stored_size`: bytes of its own layers, and of memory. `memory`: its size in bytes, how it was saved
-    (`background`, `rounds`) and for how many seconds the guest stood still; null for none. `layers`: of how many its
-    disks consist. `here`: the present stands on it. A `deleting` one cannot be restored any more."""
+    (`background`, `rounds`, `stopped`) and for how many seconds the guest stood still; null for none. `layers`: of how
+    many its disks consist. `here`: the present stands on it. A `deleting` one cannot be restored any more."""
 
     id: str
     vm: str

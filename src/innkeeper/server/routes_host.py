@@ -55,7 +55,7 @@ async def host(ctx: Ctx) -> Response:
         "vms": len(vms),
         "vms_running": len(live),
     }
-    saving = await how_memory_is_saved(facts.qemu.path) if facts.qemu else None
+    saving = await how_memory_is_saved(facts.qemu.path, facts.accelerator.name) if facts.qemu else None
     return JSONResponse(facts.model_dump(mode="json") | {"capacity": capacity, "memory_saving": saving})
 
 
