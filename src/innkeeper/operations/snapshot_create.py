@@ -110,7 +110,7 @@ async def change_over(ctx: Context, record: Action) -> None:
     vm = await _vm(ctx)
     machine = ctx.world.machines.get(vm["id"])
     if vm["disks"] != ctx.data["layers"]:
-        if ctx.args["memory"]:
+        if ctx.args.get("memory"):
             await _with_memory(ctx, vm)
         elif machine is not None:
             await _switch_running(ctx, vm, machine)
@@ -193,7 +193,7 @@ async def _record(ctx: Context) -> None:
 
 async def unswitch(ctx: Context) -> None:
     """No snapshot. The new layers stay the VM's if they may have been written to."""
-    if ctx.args["memory"]:
+    if ctx.args.get("memory"):
         await abandon(ctx)
     store, machine = ctx.world.store, ctx.world.machines.get(ctx.target["id"])
     switched = bool(ctx.data.get("switching"))

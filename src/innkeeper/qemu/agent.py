@@ -16,6 +16,7 @@ import binascii
 import contextlib
 import json
 import secrets
+import socket
 from collections.abc import AsyncGenerator
 from pathlib import Path
 from types import TracebackType
