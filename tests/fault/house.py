@@ -246,8 +246,9 @@ class House(Daemon):
                 if below is not None:
                     yield f"{vm['name']}: layer {below} is gone, and others stand on it"
             if vm["state"] != "deleting":
-                there = {path.name for path in self.home.vm(id).glob("nvram-*")}
+                there = {path.name for path in self.home.vm(id).glob("[nm][ve]*-*")}
                 wanted = {f"nvram-{s['id']}.fd" for s in snapshots.values() if s["vm"] == id and s["nvram"]}
+                wanted |= {f"memory-{s['id']}" for s in snapshots.values() if s["vm"] == id and s["memory"]}
                 if there != wanted:
                     yield f"{vm['name']} should have {wanted} and has {there}"
 

@@ -198,8 +198,8 @@ def run_uefi(house: House) -> None:
     house.inn.create(spec(disks=DISKS, firmware="uefi", memory="64M"), ready=False).wait()
 
 
-def take(inn: Innkeeper) -> Operation:
-    return inn.vm(NAME).snapshots.create("taken")
+def take(**options: Any) -> Callable[[Innkeeper], Operation]:
+    return lambda inn: inn.vm(NAME).snapshots.create("taken", **options)
 
 
 def snapshots(house: House) -> list[str]:
@@ -233,13 +233,13 @@ def not_taken(house: House) -> None:
     chains(house)
 
 
-def have_snapshots(prepare: Callable[[House], object]) -> Callable[[House], None]:
-    """Three, and the present."""
+def have_snapshots(prepare: Callable[[House], object], memory: bool = False) -> Callable[[House], None]:
+    """Three, and the present; the first with memory if so wished."""
 
     def do(house: House) -> None:
         prepare(house)
         for name in ("first", "second", "third"):
-            house.inn.vm(NAME).snapshots.create(name).wait()
+            house.inn.vm(NAME).snapshots.create(name, memory=memory and name == "first").wait()
 
     return do
 
@@ -416,13 +416,17 @@ SCENARIOS: dict[str, Scenario] = {
     "vm-resume": Scenario(act("resume"), state("running"), state("paused", "running"), pause),
     "vm-update": Scenario(update, memory(48), memory(32), make),
     "vm-delete": Scenario(act("delete"), gone, state("stopped", "deleting"), make),
-    "snapshot-create": Scenario(take, taken, not_taken, run_uefi),
-    "snapshot-create, stopped": Scenario(take, taken, not_taken, make_two_disks),
+    "snapshot-create": Scenario(take(), taken, not_taken, run_uefi),
+    "snapshot-create, stopped": Scenario(take(), taken, not_taken, make_two_disks),
+    "snapshot-create, with memory": Scenario(take(memory=True), taken, not_taken, run_uefi),
     "snapshot-delete": Scenario(remove, removed, not_removed, have_snapshots(run_uefi)),
     "snapshot-delete, the last": Scenario(remove_last, last_removed, last_not_removed, have_snapshots(run_uefi)),
     "snapshot-delete, stopped": Scenario(remove, removed, not_removed, have_snapshots(make_two_disks)),
     "snapshot-restore": Scenario(restore(), restored("auto-1"), not_restored, have_snapshots(make_two_disks)),
     "snapshot-restore, nothing kept": Scenario(
         restore(keep=False, start=True), restored(wanted="running"), not_restored, have_snapshots(run_uefi)
+    ),
+    "snapshot-restore, with memory": Scenario(
+        restore(force=True), restored("auto-1", wanted="running"), not_restored, have_snapshots(run_uefi, memory=True)
     ),
 }

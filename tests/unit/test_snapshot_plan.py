@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from innkeeper.plan.snapshot import Drop, Join, lineage, unneeded
+from innkeeper.plan.snapshot import Drop, Join, lineage, machine_then, unneeded
 
 
 def layer(name: str, parent: str | None, vm: str = "v") -> dict:
@@ -80,3 +80,26 @@ def test_followed_to_its_end_what_is_needed_reads_the_same(seed):
             del layers[action.upper]
         assert ([read(s["disks"][0]) for s in kept], read(vm["disks"][0])) == before
     assert len(layers) <= 2 * len(kept) + 1
+
+
+def test_the_machine_of_a_saved_memory_keeps_what_the_guest_does_not_see():
+    def nic(mode, *ports):
+        return {"mode": mode, "model": "virtio", "mac": None, "publish": list(ports)}
+
+    pinned = {"machine_type": "pc-q35-7.2", "accelerator": "tcg", "cpu_model": "Westmere-v1"}
+    then = {
+        "spec": {"name": "old", "note": "", "first_boot": {}, "cpus": 1, "memory": 1 << 28, "firmware": "bios",
+                 "nics": [nic("user", 1), nic("none"), nic("user", 2)]},
+        "identity": pinned | {"macs": ["a", "b", "c"], "uuid": "u", "ssh_port": 7},
+    }  # fmt: skip
+    now = {
+        "spec": then["spec"] | {"name": "new", "note": "mine", "cpus": 4, "nics": [nic("user", 8), nic("user", 9)]},
+        "identity": pinned | {"macs": ["a", "x"], "uuid": "u", "ssh_port": 9},
+    }
+    fields, words = machine_then(now, then)
+    assert fields["spec"] == then["spec"] | {
+        "name": "new", "note": "mine", "nics": [nic("user", 8), nic("none"), nic("user")],
+    }  # fmt: skip
+    assert fields["identity"] == pinned | {"macs": ["a", "b", "c"], "uuid": "u", "ssh_port": 9}
+    assert words == ["vCPUs (4 → 1)", "NICs", "MAC addresses"]
+    assert machine_then(then, then)[1] == []

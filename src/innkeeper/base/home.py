@@ -6,7 +6,7 @@ A path here is always absolute and never empty (DESIGN.md 5.6): `absolute` is th
       store.db                0600  documents (store/)
       images/<id>/            0711  disk.qcow2 | kernel, initrd, recipe.yaml
       vms/<id>/               0700  owned by the VM's own user: QEMU's working directory
-        disk0-<layer>.qcow2 nvram-<snapshot>.fd seed.iso nvram.fd ram serial.log qemu.log
+        disk0-<layer>.qcow2 nvram-<snapshot>.fd memory-<snapshot> seed.iso nvram.fd ram serial.log qemu.log
         qmp.sock agent.sock serial.sock rebirth.sock  (bound by relative name: a long path is no obstacle)
       work/<operation id>/    0700  half-made things; swept with their operation
     run/

@@ -317,7 +317,7 @@ COMMANDS: tuple[C, ...] = (
     C(
         "snapshot create",
         SNAPSHOTS,
-        "take a snapshot of all disks of a VM, running or not",
+        "take a snapshot of all disks of a VM, running or not, and of its memory",
         "snapshots:create",
         (
             VM,
@@ -328,10 +328,11 @@ COMMANDS: tuple[C, ...] = (
                 "remove it by itself after this time, like 12h (default 3d), or never",
                 {"metavar": "TIME", "type": lifetime, "default": 3 * 86400.0},
             ),
+            A(("--memory",), "memory and devices too: a restore goes on from there", {"action": "store_true"}),
             A(("--quiesce",), "have the guest freeze its file systems for it", {"action": "store_true"}),
             NO_WAIT,
         ),
-        ("inn snapshot create web before-upgrade", "inn snapshot create db --quiesce --ttl 12h"),
+        ("inn snapshot create web --memory", "inn snapshot create db before-upgrade --quiesce --ttl 12h"),
         "document",
         "Without --quiesce the disks are as after a power cut at that moment. A snapshot is no backup: it lies beside "
         "the disk it belongs to.",
@@ -357,7 +358,7 @@ COMMANDS: tuple[C, ...] = (
     C(
         "snapshot restore",
         SNAPSHOTS,
-        "have a VM's disks be as they were",
+        "have a VM be as it was: its disks, or all that it was doing",
         "snapshots:restore",
         (
             VM,
@@ -368,13 +369,16 @@ COMMANDS: tuple[C, ...] = (
                 {"action": "store_true"},
             ),
             A(("--force",), "cut the power of a VM that runs", {"action": "store_true"}),
+            A(("--disks-only",), "boot, although memory is part of the snapshot", {"action": "store_true"}),
+            A(("--paused",), "with memory: leave the guest paused where it was", {"action": "store_true"}),
             A(("--no-keep",), "drop the present instead of keeping it as a snapshot", {"action": "store_true"}),
             NO_WAIT,
         ),
         ("inn snapshot restore web before-upgrade", "inn snapshot restore web before-upgrade --and-start"),
         "document",
         "The present is kept as an automatic snapshot for three days, so a mistaken restore can be undone. Disks and "
-        "UEFI variables go back; vCPUs, memory and network stay as they are set now.",
+        "UEFI variables go back; vCPUs, memory and network stay as they are set now. With memory in the snapshot the "
+        "guest goes on from there, as the machine that it was then.",
     ),
     C(
         "snapshot rm",

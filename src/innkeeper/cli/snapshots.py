@@ -12,18 +12,27 @@ from innkeeper.cli import terminal
 from innkeeper.cli.progress import conclude
 from innkeeper.client import Innkeeper, Operation
 
+WAYS = {
+    "background": "saved behind the guest's back (background-snapshot)",
+    "rounds": "saved round by round while the guest ran (precopy)",
+    "stopped": "saved while the guest stood still",
+}
 NO_BACKUP = "a snapshot is no backup: it lies beside the disk it belongs to, and is lost with it"
 
 
 def create(inn: Innkeeper, args: Namespace) -> int:
     ttl = None if args.ttl == "never" else args.ttl
-    operation = inn.vm(args.vm).snapshots.create(args.name, note=args.note, ttl=ttl, quiesce=args.quiesce)
+    operation = inn.vm(args.vm).snapshots.create(
+        args.name, note=args.note, ttl=ttl, quiesce=args.quiesce, memory=args.memory
+    )
 
     def say(operation: Operation) -> str:
         warn(operation)
         name = operation.result["snapshot"]
         back = terminal.paint(f"  back to it: inn snapshot restore {operation.target} {name}", "dim")
-        return f"snapshot {name} of {operation.target} is taken\n{back}"
+        memory = operation.result.get("memory")
+        what = f", with {_memory(memory)}" if memory else ""
+        return f"snapshot {name} of {operation.target} is taken{what}\n{back}"
 
     return conclude(args, operation, say)
 
@@ -36,10 +45,20 @@ def warn(operation: Operation) -> None:
 
 def restore(inn: Innkeeper, args: Namespace) -> int:
     snapshots = inn.vm(args.vm).snapshots
-    operation = snapshots.restore(args.snapshot, keep=not args.no_keep, start=args.and_start, force=args.force)
+    operation = snapshots.restore(
+        args.snapshot,
+        keep=not args.no_keep,
+        start=args.and_start,
+        force=args.force,
+        disks_only=args.disks_only,
+        paused=args.paused,
+    )
 
     def say(operation: Operation) -> str:
-        said = f"{operation.target} is as it was in snapshot {operation.result['snapshot']}"
+        warn(operation)
+        how = operation.result.get("went_on")
+        doing = {"running": ", and goes on from there", "paused": ", and is paused there"}.get(how or "", "")
+        said = f"{operation.target} is as it was in snapshot {operation.result['snapshot']}{doing}"
         if kept := operation.result.get("kept"):
             undo = f"  undo this: inn snapshot restore {operation.target} {kept}"
             said += f"\n{terminal.paint(undo, 'dim')}"
@@ -77,11 +96,15 @@ def ls(inn: Innkeeper, args: Namespace) -> int:
         for line in tree(args.vm, overview):
             terminal.say(line)
     else:
-        heads = ("NAME", "AGE", "SIZE", "LAYERS", "EXPIRES", "STATE", "HERE", "NOTE")
+        heads = ("NAME", "AGE", "SIZE", "MEMORY", "LAYERS", "EXPIRES", "STATE", "HERE", "NOTE")
         terminal.say(terminal.table(heads, [_row(one) for one in found]))
     if found and args.output == "text":
         terminal.note(terminal.paint(f"{_depth(overview['present'])}; {NO_BACKUP}", "dim"))
     return 0
+
+
+def _memory(memory: dict[str, Any]) -> str:
+    return f"{format_size(memory['size'])} of memory; the guest stood still for {memory['pause'] * 1000:.0f} ms"
 
 
 def _depth(present: dict[str, Any]) -> str:
@@ -93,6 +116,7 @@ def _row(one: dict[str, Any]) -> tuple[terminal.Cell, ...]:
         (one["name"], "bold"),
         (format_age(age(one["created"])), "dim"),
         format_size(one["stored_size"]),
+        format_size(one["memory"]["size"]) if one["memory"] else ("no", "dim"),
         str(one["layers"]),
         _expiry(one),
         ("being removed", "yellow") if one["state"] == "deleting" else "",
@@ -126,7 +150,9 @@ def tree(vm: str, overview: dict[str, Any]) -> Iterator[str]:
                 size = terminal.paint(f"  {format_size(present['stored_size'])} since", "dim")
                 yield branch + terminal.paint("● you are here", "cyan") + size
                 continue
-            facts = f"  {format_age(age(one['created']))}, {format_size(one['stored_size'])}  {one['note'] or ''}"
+            kind = ", with memory" if one["memory"] else ""
+            size = format_size(one["stored_size"])
+            facts = f"  {format_age(age(one['created']))}, {size}{kind}  {one['note'] or ''}"
             yield branch + terminal.clean(one["name"]) + terminal.paint(terminal.clean(facts.rstrip()), "dim")
             yield from below(one["name"], indent + ("   " if last else "│  "))
 
@@ -140,6 +166,7 @@ def info(inn: Innkeeper, args: Namespace) -> int:
         terminal.emit_json(one)
         return 0
     spec = one["spec"]
+    machine = "a restore goes back to that, too" if one["memory"] else "a restore leaves that as it is"
     state = "being removed: there is no way back to it" if one["state"] == "deleting" else ""
     rows: list[tuple[str, Any]] = [
         ("Snapshot", [(one["name"], "bold"), f" of {one['vm']}", (", you are here" if one["here"] else "", "cyan")]),
@@ -147,13 +174,15 @@ def info(inn: Innkeeper, args: Namespace) -> int:
         ("Note", one["note"]),
         ("Taken", f"{format_age(age(one['created']))} ago, of a {one['taken']} VM"),
         ("Disks", _how(one)),
+        ("Memory", _memory(one["memory"]) if one["memory"] else ("no: a restore boots", "dim")),
+        ("", (WAYS[one["memory"]["how"]], "dim") if one["memory"] else ""),
         ("UEFI", "its variables are part of it" if one["nvram"] else ""),
         ("On top of", one["parent"] or ("nothing", "dim")),
         ("Expires", _expiry(one)),
         ("Size", f"{format_size(one['stored_size'])} of its own, in a chain of {one['layers']}"),
         (
             "Machine",
-            (f"{spec['cpus']} vCPU, {format_size(spec['memory'])} RAM then; a restore leaves that as it is", "dim"),
+            (f"{spec['cpus']} vCPU, {format_size(spec['memory'])} RAM then; {machine}", "dim"),
         ),
         ("Kept by", "a restore, as the present that it left" if one["automatic"] else ""),
         ("Backup", (f"no: {NO_BACKUP}", "dim")),
@@ -163,6 +192,8 @@ def info(inn: Innkeeper, args: Namespace) -> int:
 
 
 def _how(one: dict[str, Any]) -> str:
+    if one["memory"]:
+        return "of the same moment as the memory"
     if one["quiesced"]:
         return "quiesced: the guest had frozen its file systems"
     if one["taken"] in ("running", "paused"):

@@ -43,16 +43,32 @@ class Snapshots:
         return document
 
     def create(
-        self, name: str | None = None, *, note: str = "", ttl: float | None = DEFAULT_TTL, quiesce: bool = False
+        self,
+        name: str | None = None,
+        *,
+        note: str = "",
+        ttl: float | None = DEFAULT_TTL,
+        quiesce: bool = False,
+        memory: bool = False,
     ) -> Operation:
-        """Take one. `ttl` in seconds, None for never; `quiesce` has the guest freeze its file systems."""
-        body = {"name": name, "note": note, "ttl": ttl, "quiesce": quiesce}
+        """Take one. `ttl` in seconds, None for never; `quiesce` has the guest freeze its file systems; with `memory` a
+        restore goes on with what the guest was doing."""
+        body = {"name": name, "note": note, "ttl": ttl, "quiesce": quiesce, "memory": memory}
         return self._innkeeper.operate("POST", f"{self._vm}/snapshots", document=body)
 
-    def restore(self, name: str, *, keep: bool = True, start: bool = False, force: bool = False) -> Operation:
+    def restore(
+        self,
+        name: str,
+        *,
+        keep: bool = True,
+        start: bool = False,
+        force: bool = False,
+        disks_only: bool = False,
+        paused: bool = False,
+    ) -> Operation:
         """Go back; the present is kept as an automatic snapshot unless `keep` is False. `start` it then, `force` it to
-        stop first."""
-        body = {"keep": keep, "start": start, "force": force}
+        stop first. Where memory is part of it the guest goes on, `paused` if so wished, unless `disks_only`."""
+        body = {"keep": keep, "start": start, "force": force, "disks_only": disks_only, "paused": paused}
         return self._innkeeper.operate("POST", self._path(name, "/restore"), document=body)
 
     def delete(self, name: str) -> Operation:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -12,15 +12,15 @@ from typing import Any
 import structlog
 
 from innkeeper.base.clock import now
-from innkeeper.base.errors import AgentUnavailable, NotFound, QemuGone, QmpFailed, StoreFailed
+from innkeeper.base.errors import AgentUnavailable, NotFound, QemuFailed, QemuGone, QmpFailed, StoreFailed
 from innkeeper.base.home import Home
 from innkeeper.base.nofollow import open_file
 from innkeeper.base.units import MIB
 from innkeeper.machine.reaction import HELD, NO_SPACE, Reaction, Status, react
-from innkeeper.qemu import cgroup, migration, waiter
+from innkeeper.qemu import cgroup, memory, migration, waiter
 from innkeeper.qemu.agent import Agent
 from innkeeper.qemu.monitor import Monitor
-from innkeeper.qemu.process import LOG, Process
+from innkeeper.qemu.process import LOG, Process, last_words
 from innkeeper.qemu.waiter import Waiter
 from innkeeper.store.contract import Store, Value, update
 from innkeeper.store.events import EventLog
@@ -36,8 +36,12 @@ STATS_EVERY = 10
 
 MOST_SCREEN = 64 * MIB
 """Bytes of a picture of the screen, at most."""
+MOST_MEMORY = 1 << 50
+"""Bytes of a saved memory: no limit but that of the host's disk."""
 RECONNECT = 5.0
 """Seconds that a QEMU that does not answer gets to do so, and between two attempts."""
+SEEN = 5.0
+"""Seconds in which the event that belongs to an answer arrives."""
 CONNECTION_LOST = 1.0
 """Seconds after the end of the QMP connection that QEMU has for its own end."""
 
@@ -69,6 +73,9 @@ class Machine:
         self._task: asyncio.Task[None] | None = None
         self._quiet = False
         self._uuid = ""
+        self.stood_still = 0.0
+        """Seconds between the last STOP and RESUME, by QEMU's clock."""
+        self._stopped_at = 0.0
         self.recorded = asyncio.Event()
         """The state that QEMU was found in is in the store."""
         self.over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -134,6 +141,8 @@ class Machine:
             "paused": ("paused", "", ""),
             "io-error": ("paused", NO_SPACE, ""),
             "guest-panicked": ("paused", "the guest's kernel panicked", ""),
+            "finish-migrate": ("paused", HELD, ""),  # its memory is being saved, and the daemon that did so is gone
+            "postmigrate": ("paused", HELD, ""),
             "shutdown": ("stopping", "", "the guest shut down"),
         }.get(found, ("starting", "", ""))
         self.status = Status(state=state, reason=reason, ending=ending, agent=agent)  # type: ignore[arg-type]
@@ -172,7 +181,11 @@ class Machine:
         async for event in monitor.events():
             with suppress(QmpFailed):
                 data = event.get("data", {})
+                at = event["timestamp"]["seconds"] + event["timestamp"]["microseconds"] / 1e6
+                if event["event"] == "RESUME":
+                    self.stood_still = at - self._stopped_at
                 if event["event"] == "STOP":
+                    self._stopped_at = at
                     data = await monitor.execute("query-status")
                 await self._effects(react(self.status, event["event"], data, disc=self.disc))
 
@@ -288,10 +301,42 @@ class Machine:
             self.status = replace(self.status, pausing=HELD)
             await self._and_seen("stop", "paused")
 
+    def hold_when_stopped(self) -> None:
+        """The same, of a guest that QEMU itself is going to stop; `held_still` tells when."""
+        self.held = True
+        if self.status.state == "running":
+            self.status = replace(self.status, pausing=HELD)
+
+    async def held_still(self) -> None:
+        """Until the guest's stop has been seen. Raises `QmpFailed` where that does not come."""
+        await self._seen("paused")
+
+    async def goes_on(self) -> None:
+        """Until it is seen that QEMU has let the guest go on by itself. Raises `QmpFailed` where it does not."""
+        await self._seen("running")
+        self.held = False
+
+    async def _seen(self, state: str) -> None:
+        if not await self._until(lambda status: status.state == state, SEEN):
+            raise QmpFailed(f"QEMU says that {self.name} is {state}, and its events that it is {self.status.state}")
+
+    async def agent_back(self, seconds: float) -> bool:
+        """Wait until the guest's agent has its port open; False if that takes longer."""
+        return await self._until(lambda status: status.agent, seconds)
+
+    async def _until(self, wanted: Callable[[Status], bool], seconds: float) -> bool:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while not wanted(self.status):
+                    await self._changed.wait()
+        return wanted(self.status)
+
     async def let_go(self, *, run: bool) -> None:
         """The end of `hold`; `run` for a guest that ran before."""
         if run and self.status.state == "paused":
             await self.run()
+        if self.status.pausing == HELD:
+            self.status = replace(self.status, pausing="")
         self.held = False
 
     async def _and_seen(self, command: str, wanted: str) -> None:
@@ -300,7 +345,7 @@ class Machine:
         await self.monitor.execute(command)
         if self.status.state != wanted:
             with suppress(TimeoutError):
-                async with asyncio.timeout(5):
+                async with asyncio.timeout(SEEN):
                     await changed.wait()
 
     async def capture(self, path: Path) -> None:
@@ -333,6 +378,22 @@ class Machine:
         self._agent, self.status = agent, replace(self.status, agent=True)
         await self.dial_waiter()
         await migration.load(self.monitor, state)
+
+    async def load_memory(self, path: Path, report: memory.Progress) -> None:
+        """Put a saved execution into a QEMU that was started to wait for it. `run` is what comes next. Raises
+        `QemuFailed`: QEMU ends when it cannot take it."""
+        try:
+            with open_file(path, MOST_MEMORY) as saved:
+                await memory.load(self.monitor, saved.fileno(), report)
+            await self._read_state()
+            await self._save()
+        except (FileNotFoundError, QmpFailed) as error:
+            why = error.detail if isinstance(error, QmpFailed) else "its file is gone"
+            await asyncio.wait({self.process.ended}, timeout=CONNECTION_LOST)
+            raise QemuFailed(
+                f"the saved memory of {self.name} cannot be gone on from: {why}\n{last_words(self.folder)}",
+                hint="--disks-only boots from the snapshot's disks",
+            ) from None
 
     async def power_down(self) -> None:
         """Ask the guest to shut down, by ACPI and, where the agent listens, by the agent."""

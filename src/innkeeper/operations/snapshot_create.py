@@ -14,6 +14,7 @@ from innkeeper.base.ids import new_id
 from innkeeper.machine.machine import Machine
 from innkeeper.operations.chains import chain
 from innkeeper.operations.engine import Action, Context, Step, Verb
+from innkeeper.operations.snapshot_memory import abandon, capture, check_memory, remarks
 from innkeeper.operations.snapshots import (
     add_layers,
     check_new,
@@ -41,6 +42,8 @@ async def prepare(ctx: Context) -> None:
     vm = await _vm(ctx)
     if "layers" not in ctx.data:
         await check_new(ctx.world, vm, ctx.args["name"])
+        if ctx.args["memory"]:
+            await check_memory(ctx.world, vm, quiesce=ctx.args["quiesce"])
         ctx.data |= decide(vm)
         await ctx.save()
     await add_layers(ctx, vm, ctx.data["layers"], ctx.data["old"])
@@ -107,7 +110,9 @@ async def change_over(ctx: Context, record: Action) -> None:
     vm = await _vm(ctx)
     machine = ctx.world.machines.get(vm["id"])
     if vm["disks"] != ctx.data["layers"]:
-        if machine is not None:
+        if ctx.args.get("memory"):
+            await _with_memory(ctx, vm)
+        elif machine is not None:
             await _switch_running(ctx, vm, machine)
         elif "nvram" not in ctx.data:
             ctx.data["nvram"] = keep_nvram(ctx.world, vm, ctx.data["snapshot"])
@@ -119,14 +124,38 @@ async def _switch_running(ctx: Context, vm: Value, machine: Machine) -> None:
     if not ctx.data.get("switching"):
         ctx.data["switching"] = True
         await ctx.save()
-    pairs = await _pairs(ctx)
-    if {overlay.node for _, overlay in pairs} <= await blocks.tops(machine.monitor):
+    if await _switched(ctx, machine):
         return  # a daemon before this one came that far
     if vm["spec"]["firmware"] == "uefi":  # its variables are a file that it writes to whenever it likes
         await hold(ctx, machine)
+    await _freeze(ctx, vm, machine)
+
+
+async def _with_memory(ctx: Context, vm: Value) -> None:
+    """The same, and the guest's memory of that point in time."""
+    machine = ctx.world.machines.get(vm["id"])
+    if machine is None:
+        raise ActionRefused(f"{vm['name']} ended before its memory was saved", hint=f"inn start {vm['name']}")
+
+    async def switched() -> bool:
+        return await _switched(ctx, machine)
+
+    async def freeze() -> None:
+        await _freeze(ctx, vm, machine)
+
+    await blocks.open_above(machine.monitor, await _pairs(ctx))  # now, while the guest runs
+    await capture(ctx, vm, machine, switched, freeze)
+
+
+async def _switched(ctx: Context, machine: Machine) -> bool:
+    return {overlay.node for _, overlay in await _pairs(ctx)} <= await blocks.tops(machine.monitor)
+
+
+async def _freeze(ctx: Context, vm: Value, machine: Machine) -> None:
     ctx.data["nvram"] = keep_nvram(ctx.world, vm, ctx.data["snapshot"])
-    await ctx.save()
-    await blocks.put_on_top(machine.monitor, pairs)
+    if ctx.data["nvram"]:
+        await ctx.save()
+    await blocks.put_on_top(machine.monitor, await _pairs(ctx))
 
 
 async def _pairs(ctx: Context) -> list[tuple[str, Layer]]:
@@ -146,7 +175,7 @@ async def _record(ctx: Context) -> None:
         name = args["name"] or await free_name(ctx.world, vm["id"], "snap")
         snapshot = snapshot_record(
             snapshot_id, vm, name, now(), note=args["note"], expires=args["expires"], quiesced=args["quiesce"],
-            nvram=bool(ctx.data.get("nvram")),
+            nvram=bool(ctx.data.get("nvram")), memory=ctx.data.get("memory"),
         )  # fmt: skip
         key = name_key(vm["id"], name)
         writes: dict[str, Value | None] = {
@@ -164,10 +193,12 @@ async def _record(ctx: Context) -> None:
 
 async def unswitch(ctx: Context) -> None:
     """No snapshot. The new layers stay the VM's if they may have been written to."""
+    if ctx.args.get("memory"):
+        await abandon(ctx)
     store, machine = ctx.world.store, ctx.world.machines.get(ctx.target["id"])
     switched = bool(ctx.data.get("switching"))
     if machine is not None and switched:
-        switched = {overlay.node for _, overlay in await _pairs(ctx)} <= await blocks.tops(machine.monitor)
+        switched = await _switched(ctx, machine)
     disks = ctx.data["layers"] if switched else ctx.data["old"]
     while True:
         document = await store.get(f"vm/{ctx.target['id']}")
@@ -191,6 +222,9 @@ async def tell(ctx: Context) -> None:
     if ctx.args["quiesce"] and not ctx.data.get("thawed"):
         warnings.append("the guest had no file system frozen: what it had not written out yet is not in the snapshot")
         await update(ctx.world.store, f"snapshot/{ctx.data['snapshot']}", lambda s: s | {"quiesced": False})
+    if found := ctx.data.get("memory"):
+        warnings += remarks(target["name"], found)
+        ctx.result["memory"] = found
     if ctx.args["expires"] is None:
         warnings.append(f"{name} never expires: its layer grows for as long as nobody removes it")
     ctx.result["warnings"] = warnings

@@ -9,6 +9,7 @@ from __future__ import annotations
 from innkeeper.base.errors import Conflict, NotFound
 from innkeeper.operations.consolidate import abandon, consolidate
 from innkeeper.operations.engine import Context, Step, Verb
+from innkeeper.operations.snapshot_memory import drop_memory
 from innkeeper.operations.snapshots import drop_nvram, name_key, snapshots_of
 from innkeeper.store.contract import Value, update
 
@@ -47,6 +48,7 @@ async def forget(ctx: Context) -> None:
             if await _forget(ctx, gone.value):
                 names.append(gone.value["name"])
         drop_nvram(ctx.world, ctx.target["id"], snapshot_id)
+        drop_memory(ctx.world, ctx.target["id"], snapshot_id)
     if names:
         ctx.result["removed"] = names
         text = f"{ctx.target['name']}: snapshot {', '.join(names)} removed"

@@ -1,6 +1,7 @@
 """Go back to a snapshot: new, empty layers on its own become the disks; what was there becomes a snapshot by itself.
 
-So nothing is lost by going back to the wrong one. With --no-keep the present is removed, at the very end.
+So nothing is lost by going back to the wrong one. With --no-keep the present is removed, at the very end. Where memory
+is part of the snapshot, `vm-start` goes on from that instead of booting.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from innkeeper.base.ids import new_id
 from innkeeper.operations import snapshot_delete, vm_start
 from innkeeper.operations.consolidate import abandon, consolidate
 from innkeeper.operations.engine import Context, Step, Verb
+from innkeeper.operations.snapshot_memory import check_fits, give_back, set_back, set_clock
 from innkeeper.operations.snapshots import (
     add_layers,
     drop_layers,
@@ -41,7 +43,10 @@ async def prepare(ctx: Context) -> None:
         raise ActionRefused(f"snapshot {snapshot['name']} is being removed")
     if "layers" not in ctx.data:
         ctx.data |= {"automatic": new_id(), "layers": [new_id() for _ in vm["disks"]], "old": vm["disks"]}
-        ctx.data |= {"at": vm.get("at"), "disc": vm["disc"]}
+        ctx.data["before"] = {field: vm[field] for field in ("at", "disc", "spec", "identity", "pending")}
+        if ctx.args["memory"]:
+            await check_fits(ctx.world, snapshot)
+            ctx.data["memory"] = snapshot["memory"] | {"snapshot": snapshot["id"]}
         await ctx.save()
     await add_layers(ctx, vm, ctx.data["layers"], snapshot["disks"])
     ctx.data["nvram"] = keep_nvram(ctx.world, vm, ctx.data["automatic"])
@@ -75,13 +80,18 @@ async def _switch(ctx: Context) -> None:
         nvram=ctx.data["nvram"],
     )  # fmt: skip
     key = name_key(vm["id"], name)
+    machine, ports = await set_back(ctx, vm, snapshot) if ctx.args["memory"] else ({}, {})
+    here = {"disks": ctx.data["layers"], "at": snapshot["id"], "disc": snapshot["disc"]}
     writes: dict[str, Value | None] = {
-        document.key: vm | {"disks": ctx.data["layers"], "at": snapshot["id"], "disc": snapshot["disc"]},
+        document.key: vm | here | machine,
         f"snapshot/{automatic}": present,
         key: {"id": automatic},
+        **ports,
     }
+    if ports:
+        await ctx.save()  # should all of this be undone, they are given back
     try:
-        await store.transact(writes, {document.key: document.revision, key: 0})
+        await store.transact(writes, {document.key: document.revision, **dict.fromkeys((key, *ports), 0)})
     except Conflict:
         return
     ctx.result["kept"] = name if ctx.args["keep"] else None
@@ -93,12 +103,13 @@ async def unswitch(ctx: Context) -> None:
     while (present := await store.get(f"snapshot/{ctx.data['automatic']}")) is not None:
         document = await store.get(f"vm/{ctx.target['id']}")
         assert document is not None
-        before = {"disks": ctx.data["old"], "at": ctx.data["at"], "disc": ctx.data["disc"]}
+        before = {"disks": ctx.data["old"], **ctx.data["before"]}
         put_nvram(ctx.world, document.value, present.value)
         writes: dict[str, Value | None] = {
             document.key: document.value | before,
             present.key: None,
             name_key(ctx.target["id"], present.value["name"]): None,
+            **dict.fromkeys(ctx.data.get("new_ports", [])),
         }
         try:
             await store.transact(writes, {document.key: document.revision})
@@ -109,6 +120,9 @@ async def unswitch(ctx: Context) -> None:
 
 async def tell(ctx: Context) -> None:
     """What happened, as an event."""
+    await give_back(ctx)
+    if ctx.args["memory"]:
+        ctx.result["went_on"] = "paused" if ctx.args["paused"] else "running"
     if not ctx.data.get("told"):
         ctx.data["told"] = True
         kept = f"; what was there before is snapshot {name}" if (name := ctx.result.get("kept")) else ""
@@ -156,6 +170,7 @@ STEPS = (
     Step("prepare", prepare, unprepare),
     Step("switch", switch, unswitch),
     *(_and_start(step) for step in vm_start.STEPS),
+    Step("set-clock", set_clock),
     Step("tell", tell, keep=True),
     Step("drop-present", drop_present, abandon, keep=True),
     Step("forget-present", forget_present, keep=True),

@@ -10,6 +10,7 @@ from innkeeper.operations import vm_create, vm_start
 from innkeeper.operations.engine import Context, Step, Verb
 from innkeeper.operations.rebirth import ALLOWED, heard, new_self, tell_agent
 from innkeeper.operations.world import World
+from innkeeper.plan.identity import misfit
 from innkeeper.plan.rebirth import DONE, Rebirth, words
 from innkeeper.store.contract import Value
 
@@ -77,18 +78,12 @@ async def find_warm(world: World, name: str) -> Value:
         if pointer is None or pointer.value.get("pending"):
             raise ActionRefused(f"image {name} is not warm", hint=f"inn template warm {name} makes a warm one of it")
         image = await world.find("image", pointer.value["id"])
-    warm, host = image["warm"], await world.host_with_qemu()
-    assert host.qemu is not None
-    for what, its, ours, fits in (
-        ("accelerator", warm["accelerator"], host.accelerator.name, warm["accelerator"] == host.accelerator.name),
-        ("CPU model", warm["cpu_model"], host.accelerator.cpu_model, warm["cpu_model"] == host.accelerator.cpu_model),
-        ("machine type", warm["machine_type"], host.qemu.machine, warm["machine_type"] in host.qemu.machines),
-    ):
-        if not fits:
-            raise Unsupported(
-                f"{image['name']} was captured with {what} {its}, and this host has {ours}",
-                hint=f"inn template warm {warm['image']} --refresh makes it anew",
-            )
+    if found := misfit(image["warm"], await world.host_with_qemu()):
+        what, its, ours = found
+        raise Unsupported(
+            f"{image['name']} was captured with {what} {its}, and this host has {ours}",
+            hint=f"inn template warm {image['warm']['image']} --refresh makes it anew",
+        )
     return image
 
 

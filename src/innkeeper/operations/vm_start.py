@@ -20,6 +20,7 @@ from innkeeper.plan.command import Files, command
 from innkeeper.plan.identity import Identity, on_accelerator
 from innkeeper.plan.options import Plan
 from innkeeper.plan.rebirth import forms, state_with
+from innkeeper.plan.snapshot import memory_name
 from innkeeper.qemu.ram import overwrite
 from innkeeper.spec.image import Image
 from innkeeper.spec.vm import VMSpec
@@ -104,7 +105,8 @@ async def spawn(ctx: Context) -> None:
     """QEMU runs, stopped before the guest's first instruction."""
     vm = await _vm(ctx)
     machine = ctx.world.machines.get(vm["id"])
-    if machine is not None and machine.status.state != "starting" and not vm["going_on"]:
+    half_way = vm["going_on"] or (ctx.data.get("memory") and machine is not None and machine.status.state == "paused")
+    if machine is not None and machine.status.state != "starting" and not half_way:
         return  # a daemon before this one came as far as letting it run
     try:
         await _start(ctx, vm)
@@ -119,7 +121,10 @@ async def _start(ctx: Context, vm: Value) -> None:
     world = ctx.world
     planned = await plan(ctx, vm)
     if planned.ram is None:
-        await world.machines.start(vm, planned)
+        machine = await world.machines.start(vm, planned)
+        if saved := ctx.data.get("memory"):
+            path = world.home.vm(vm["id"]) / memory_name(saved["snapshot"])
+            await machine.load_memory(path, lambda fraction: ctx.report(fraction, "loading memory"))
         return
     image = await world.find("image", vm["image"]["id"])
     devices = (world.home.image(image["id"]) / image["files"]["devices"]).read_bytes()
@@ -162,7 +167,11 @@ async def plan(ctx: Context, vm: Value) -> Plan:
         ignition=(folder / "ignition.json").exists(),
         ram=str(world.home.image(fork["id"]) / fork["files"]["ram"]) if fork else "",
     )
-    return command(spec, identity, host, image, files, capturable=vm["capturable"])
+    saved = ctx.data.get("memory")
+    return command(
+        spec, identity, host, image, files, capturable=vm["capturable"], incoming=bool(saved),
+        as_fork=bool(saved and saved["as_fork"]),
+    )  # fmt: skip
 
 
 def _fresh_variables(template: Path, folder: Path, uid: int | None) -> None:
@@ -211,8 +220,12 @@ async def run(ctx: Context) -> None:
     machine = ctx.world.machines.get(vm["id"])
     if machine is None:
         raise ActionRefused(f"the QEMU of {vm['name']} ended before its guest ran", hint="see inn logs and qemu.log")
-    # A captured guest counts as paused until it goes on; nobody else can have paused one that is still held.
-    first = ctx.kind == "vm-fork" and machine.status.state == "paused" and not machine.status.reason
+    # A guest that goes on from saved memory counts as paused until it does; nobody else can have paused one that is
+    # still held.
+    saved = ctx.kind == "vm-fork" or ctx.data.get("memory")
+    first = saved and machine.status.state == "paused" and not machine.status.reason
+    if first and ctx.args.get("paused"):
+        return
     if machine.status.state == "starting" or first:
         if vm["going_on"]:  # from here on its memory and its disk are one with nothing else: never again from there
             await update(ctx.world.store, f"vm/{vm['id']}", lambda v: v | {"going_on": False})

@@ -49,10 +49,14 @@ def command(
     files: Files,
     *,
     capturable: bool = False,
+    incoming: bool = False,
+    as_fork: bool = False,
 ) -> Plan:
     """The plan of one start. `image` is what its kernel comes from, if it is one.
 
-    `capturable`: its RAM can be captured, see `Memory`. Files that only the daemon may read go in as descriptors.
+    `capturable`: its RAM can be captured, see `Memory`. `incoming`: it waits for saved memory, which fits only where
+    the devices are those of then: a fork that had not booted yet has others (`as_fork`). Files that only the daemon may
+    read go in as descriptors.
     """
     assert host.qemu is not None
     memory: Memory = "going-on" if files.ram else "captured" if capturable else "private"
@@ -70,8 +74,8 @@ def command(
         *_machine(spec, identity, host, memory),
         *_control(),
         *devices.console(),
-        *devices.channels(rebirth=memory != "private"),
-        *devices.paravirtual(identity, reporting=memory == "private"),
+        *devices.channels(rebirth=memory != "private" or as_fork),
+        *devices.paravirtual(identity, reporting=memory == "private" and not as_fork),
         *devices.disks(spec, chains),
     ]
     if files.seed:
@@ -88,7 +92,7 @@ def command(
             Option("-initrd", f"{files.kernel_dir}/{image.files['initrd']}"),
             Option("-append", image.cmdline),
         ]
-    if memory == "going-on":
+    if memory == "going-on" or incoming:
         options.append(Option("-incoming", "defer"))
     groups = (host.kvm_group,) if host.kvm_group is not None and identity.accelerator == "kvm" else ()
     ram = RamImage(files.ram, spec.memory) if files.ram else None

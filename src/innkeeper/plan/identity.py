@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import uuid
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
@@ -66,6 +67,19 @@ def on_accelerator(identity: Identity, host: HostFacts) -> Identity:
         return identity
     changed: dict[str, Any] = {"accelerator": host.accelerator.name, "cpu_model": host.accelerator.cpu_model}
     return identity.model_copy(update=changed)
+
+
+def misfit(saved: Mapping[str, Any], host: HostFacts) -> tuple[str, str, str] | None:
+    """(what, its, ours) where this host differs from one on which guests were saved: their state goes on only where the
+    accelerator, the CPU model and the machine type are the same. None where it fits."""
+    assert host.qemu is not None
+    if saved["accelerator"] != host.accelerator.name:
+        return "accelerator", saved["accelerator"], host.accelerator.name
+    if saved["cpu_model"] != host.accelerator.cpu_model:
+        return "CPU model", saved["cpu_model"], host.accelerator.cpu_model
+    if saved["machine_type"] not in host.qemu.machines:
+        return "machine type", saved["machine_type"], host.qemu.machine
+    return None
 
 
 def _bytes(vm_id: str, purpose: str, count: int) -> bytes:

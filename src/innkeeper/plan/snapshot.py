@@ -1,10 +1,14 @@
 """Snapshots as documents, and which layers of a VM nobody needs any more: pure functions of what the store has.
 
 A snapshot's document (`snapshot/<id>`): {id, vm, name, created, note, expires, automatic, state, disks, parent, taken,
-quiesced, nvram, disc, spec, identity, noticed}. `disks` are the frozen layers it consists of, one for each disk;
-`parent` the snapshot that the VM stood on when it was taken; `taken` the state that the VM was in; `state` is `whole`,
-or `deleting` once it is being removed: then its layers may be merged with others, so there is no way back to it. The
-VM's document says under `at` which snapshot the present stands on.
+quiesced, nvram, memory, disc, spec, identity, noticed}. `disks` are its frozen layers, one for each disk; `parent` the
+snapshot that the VM stood on when it was taken; `taken` the state that the VM was in; `state` is `whole`, or `deleting`
+once it is being removed: then its layers may be merged with others, so there is no way back to it. The VM's document
+says under `at` which snapshot the present stands on.
+
+`memory` is None, or says of the saved execution {size, how, pause, agent, as_fork}: bytes of its file on the host's
+disk; the way (qemu/memory.py); seconds for which the guest stood still; whether an agent listened, and
+whether that QEMU had the devices of a fork (plan/command.py).
 """
 
 from __future__ import annotations
@@ -29,12 +33,14 @@ def snapshot_record(
     state: str = "whole",
     quiesced: bool = False,
     nvram: bool,
+    memory: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The document of a snapshot of `vm` as it is."""
     return {
         "id": snapshot_id, "vm": vm["id"], "name": name, "created": stamp, "note": note, "expires": expires,
         "automatic": automatic, "state": state, "disks": list(vm["disks"]), "parent": vm.get("at"),
-        "taken": vm["state"], "quiesced": quiesced, "nvram": nvram, "disc": vm["disc"], "spec": vm["spec"],
+        "taken": vm["state"], "quiesced": quiesced, "nvram": nvram,
+        "memory": dict(memory) if memory else None, "disc": vm["disc"], "spec": vm["spec"],
         "identity": vm["identity"], "noticed": False,
     }  # fmt: skip
 
@@ -42,6 +48,42 @@ def snapshot_record(
 def nvram_name(snapshot_id: str) -> str:
     """The copy of the UEFI variables that belongs to a snapshot, in the folder of its VM."""
     return f"nvram-{snapshot_id}.fd"
+
+
+def memory_name(snapshot_id: str) -> str:
+    """The saved memory and devices of a snapshot, in the folder of its VM."""
+    return f"memory-{snapshot_id}"
+
+
+def machine_then(vm: Mapping[str, Any], snapshot: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """(fields of the VM's document, what differs in words): the machine that a saved memory fits. What the guest does
+    not see stays as it is set now: name, note, published ports of NICs that are there in both."""
+    now, then = vm["spec"], snapshot["spec"]
+    publish = [nic["publish"] if nic["mode"] == "user" else [] for nic in now["nics"]]
+    nics = [
+        nic | {"publish": publish[index] if index < len(publish) and nic["mode"] == "user" else []}
+        for index, nic in enumerate(then["nics"])
+    ]
+    kept = ("name", "note", "first_boot")
+    spec = dict(then) | {field: now[field] for field in kept} | {"nics": nics}
+    pinned = ("machine_type", "accelerator", "cpu_model", "macs")
+    identity = dict(vm["identity"]) | {field: snapshot["identity"][field] for field in pinned}
+    seen = (
+        ("vCPUs", now["cpus"], spec["cpus"]),
+        ("memory in MiB", now["memory"] >> 20, spec["memory"] >> 20),
+        ("NICs", [_guests_own(nic) for nic in now["nics"]], [_guests_own(nic) for nic in nics]),
+        ("firmware", now["firmware"], spec["firmware"]),
+        ("machine type", vm["identity"]["machine_type"], identity["machine_type"]),
+        ("CPU model", vm["identity"]["cpu_model"], identity["cpu_model"]),
+        ("MAC addresses", list(vm["identity"]["macs"]), list(identity["macs"])),
+    )
+    short = ("vCPUs", "memory in MiB", "machine type", "CPU model", "firmware")
+    words = [f"{what} ({a} → {b})" if what in short else what for what, a, b in seen if a != b]
+    return {"spec": spec, "identity": identity, "pending": False}, words
+
+
+def _guests_own(nic: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in nic.items() if key != "publish"}
 
 
 def lineage(layers: Mapping[str, Any], top: str) -> list[str]:

@@ -39,12 +39,17 @@ async def nodes(monitor: Monitor) -> set[str]:
 async def put_on_top(monitor: Monitor, pairs: Sequence[tuple[str, Layer]]) -> None:
     """Have each disk, by its top node, write to a new, empty layer from one point in time on. Raises `QmpFailed`;
     then no disk has changed, and `let_go` removes what was opened for it."""
+    await open_above(monitor, pairs)
+    actions = [{"type": "blockdev-snapshot", "data": {"node": top, "overlay": overlay.node}} for top, overlay in pairs]
+    await monitor.execute("transaction", {"actions": actions}, seconds=PATIENCE)
+
+
+async def open_above(monitor: Monitor, pairs: Sequence[tuple[str, Layer]]) -> None:
+    """What `put_on_top` begins with, and may be done long before. Raises `QmpFailed`."""
     there = await nodes(monitor)
     for _, overlay in pairs:
         if overlay.node not in there:
             await monitor.execute("blockdev-add", dict(volume(overlay, None, read_only=False)))
-    actions = [{"type": "blockdev-snapshot", "data": {"node": top, "overlay": overlay.node}} for top, overlay in pairs]
-    await monitor.execute("transaction", {"actions": actions}, seconds=PATIENCE)
 
 
 async def let_go(monitor: Monitor, names: Collection[str]) -> None:

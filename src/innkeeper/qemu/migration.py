@@ -14,13 +14,15 @@ POLL = 0.002
 """Seconds between two looks at how far it is; all of it takes a few dozen milliseconds."""
 ALLOWED = 60.0
 """Seconds after which it has failed."""
+CAPABILITIES = ("x-ignore-shared", "background-snapshot", "pause-before-switchover", "auto-converge")
+"""Those of QEMU's migration capabilities that Innkeeper uses."""
 
 
 async def save(monitor: Monitor, path: Path) -> None:
     """Write the state of all devices of a stopped guest to a new file. The guest cannot go on in this QEMU."""
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
     try:
-        await _ignore_ram(monitor)
+        await capabilities(monitor, "x-ignore-shared")
         await monitor.give("state", fd)
     finally:
         os.close(fd)
@@ -34,7 +36,7 @@ async def load(monitor: Monitor, state: bytes) -> None:
     try:
         os.write(fd, state)
         os.lseek(fd, 0, os.SEEK_SET)
-        await _ignore_ram(monitor)
+        await capabilities(monitor, "x-ignore-shared")
         await monitor.give("state", fd)
     finally:
         os.close(fd)
@@ -42,9 +44,11 @@ async def load(monitor: Monitor, state: bytes) -> None:
     await _completed(monitor)
 
 
-async def _ignore_ram(monitor: Monitor) -> None:
-    wanted = [{"capability": "x-ignore-shared", "state": True}]
-    await monitor.execute("migrate-set-capabilities", {"capabilities": wanted})
+async def capabilities(monitor: Monitor, *wanted: str) -> None:
+    """Have these capabilities, and of those that Innkeeper uses no other: they outlast a migration. Raises `QmpFailed`
+    where QEMU or its host lacks one."""
+    every = [{"capability": name, "state": name in wanted} for name in CAPABILITIES]
+    await monitor.execute("migrate-set-capabilities", {"capabilities": every})
 
 
 async def _completed(monitor: Monitor) -> None:

@@ -189,13 +189,18 @@ class SnapshotRequest(Model):
         default=3 * 86400, gt=0, le=315360000, description="Seconds after which it is removed; null: never"
     )
     quiesce: bool = Field(default=False, description="Have the guest freeze its file systems, through its agent")
+    memory: bool = Field(default=False, description="Memory and devices too, so that a restore goes on from there")
 
 
 class RestoreRequest(Model):
     """Go back to a snapshot."""
 
     keep: bool = Field(default=True, description="Keep the present as an automatic snapshot")
-    start: bool = Field(default=False, description="Start it then; one that runs has its power cut first")
+    start: bool = Field(
+        default=False, description="Start it then, as with memory always; one that runs has its power cut first"
+    )
+    disks_only: bool = Field(default=False, description="Boot, although memory is part of the snapshot")
+    paused: bool = Field(default=False, description="With memory: leave the guest paused where it was")
     force: bool = Field(default=False, description="Cut the power of one that runs")
     ttl: float | None = Field(
         default=3 * 86400, gt=0, le=315360000, description="Seconds for which the present is kept; null: for good"
@@ -209,8 +214,9 @@ class PruneRequest(Model):
 
 
 class SnapshotView(Open):
-    """`stored_size`: bytes of its own layers. `layers`: of how many its disks consist. `here`: the present stands on
-    it. A `deleting` one cannot be restored any more."""
+    """`stored_size`: bytes of its own layers, and of memory. `memory`: its size in bytes, how it was saved
+    (`background`, `rounds`, `stopped`) and for how many seconds the guest stood still; null for none. `layers`: of how
+    many its disks consist. `here`: the present stands on it. A `deleting` one cannot be restored any more."""
 
     id: str
     vm: str
@@ -225,6 +231,7 @@ class SnapshotView(Open):
     parent: str | None
     here: bool
     stored_size: int
+    memory: dict[str, JsonValue] | None
     layers: int
     nvram: bool
 

@@ -9,8 +9,9 @@ from fastapi import APIRouter, Path, Response
 from fastapi.responses import JSONResponse
 
 from innkeeper.base.clock import now, stamp
-from innkeeper.base.errors import ActionRefused
+from innkeeper.base.errors import ActionRefused, InvalidInput
 from innkeeper.operations.chains import layer_path
+from innkeeper.operations.snapshot_memory import check_fits, check_memory
 from innkeeper.operations.snapshots import all_layers, check_new, find_snapshot, snapshots_of
 from innkeeper.plan.snapshot import MOST_LAYERS, lineage
 from innkeeper.server.context import Context, Ctx, VMName, accepted
@@ -46,7 +47,12 @@ async def list_snapshots(ctx: Ctx, vm: VMName) -> Response:
 async def create_snapshot(ctx: Ctx, vm: VMName, body: SnapshotRequest) -> Response:
     found = await ctx.admitted(vm, "snapshot")
     await check_new(ctx.world, found, body.name)
-    args = {"name": body.name, "note": body.note, "quiesce": body.quiesce, "expires": _expires(body.ttl)}
+    if body.memory:
+        await check_memory(ctx.world, found, quiesce=body.quiesce)
+    args = {
+        "name": body.name, "note": body.note, "quiesce": body.quiesce, "memory": body.memory,
+        "expires": _expires(body.ttl),
+    }  # fmt: skip
     return await _submit(ctx, "snapshot-create", found, args)
 
 
@@ -85,9 +91,17 @@ async def restore_snapshot(
         raise ActionRefused(
             f"snapshot {one['name']} is being removed", hint=f"inn snapshot prune {found['name']} finishes that"
         )
+    memory = bool(one.get("memory")) and not wish.disks_only
+    if wish.paused and not memory:
+        raise InvalidInput(
+            f"snapshot {one['name']} is gone back to without memory, so there is nothing to pause",
+            hint="leave --paused out", field="paused",
+        )  # fmt: skip
+    if memory:
+        await check_fits(ctx.world, one)
     args = {
-        "snapshot": one["id"], "name": one["name"], "keep": wish.keep, "start": wish.start,
-        "expires": _expires(wish.ttl),
+        "snapshot": one["id"], "name": one["name"], "keep": wish.keep, "start": wish.start or memory,
+        "expires": _expires(wish.ttl), "memory": memory, "paused": wish.paused,
     }  # fmt: skip
     return await _submit(ctx, "snapshot-restore", found, args)
 
@@ -118,11 +132,13 @@ def _expires(ttl: float | None) -> str | None:
 def _view(ctx: Context, vm: Value, snapshot: Value, every: list[Value], layers: dict[str, Value]) -> Value:
     shown = ("id", "name", "created", "note", "expires", "automatic", "state", "taken", "quiesced")
     own = [layers[each] for each in snapshot["disks"] if each in layers]
+    memory = snapshot.get("memory")
     return {key: snapshot[key] for key in shown} | {
         "vm": vm["name"],
         "parent": next((s["name"] for s in every if s["id"] == snapshot["parent"]), None),
         "here": vm.get("at") == snapshot["id"],
-        "stored_size": sum(_stored(ctx, layer) for layer in own),
+        "stored_size": sum(_stored(ctx, layer) for layer in own) + (memory or {}).get("size", 0),
+        "memory": {key: memory[key] for key in ("size", "how", "pause")} if memory else None,
         "layers": max((len(lineage(layers, layer["id"])) for layer in own), default=0),
         "nvram": snapshot["nvram"],
     }

@@ -1,0 +1,204 @@
+"""A snapshot with memory of a guest of 1 GiB that is busy writing memory: for how long it stands still, and libvirt's
+`virsh snapshot-create-as --live --memspec` of the same guest. In turn, in one run, as root.
+
+    .venv/bin/python bench/snapshot_memory.py [RUNS] [--background]
+
+A guest's own clock stands still with it, so the host watches: the guest prints without a pause to its serial console,
+and what counts is the longest time in which its log does not grow, from just before the snapshot until just after it.
+`--background` lets QEMU use userfaultfd(2) for the length of the run (vm.unprivileged_userfaultfd, put back after it).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from common import median, running_daemon, say
+
+RUNS = next((int(word) for word in sys.argv[1:] if word.isdigit()), 10)
+ALLOW = Path("/proc/sys/vm/unprivileged_userfaultfd")
+BUSY = "while :; do dd if=/dev/zero of=/run/busy bs=1M count=400 conv=notrunc 2>/dev/null; done"
+TICK = "exec >/dev/ttyS0; while :; do echo .; done"
+NAME = "innkeeper-bench"
+DOMAIN = """<domain type='{kind}'><name>{name}</name><memory unit='MiB'>1024</memory><vcpu>2</vcpu>
+<os><type arch='x86_64' machine='{machine}'>hvm</type><kernel>{kernel}</kernel><initrd>{initrd}</initrd>
+<cmdline>{cmdline}</cmdline></os><features><acpi/><apic/></features>{cpu}
+<devices><emulator>/usr/bin/qemu-system-x86_64</emulator>
+<disk type='file' device='disk'><driver name='qemu' type='qcow2'/><source file='{disk}'/>
+<target dev='vda' bus='virtio'/></disk><serial type='file'><source path='{log}'/></serial><memballoon model='virtio'/>
+<channel type='unix'><target type='virtio' name='org.qemu.guest_agent.0'/></channel></devices></domain>"""
+
+
+class Watch:
+    """The longest time, in seconds, in which a file does not change."""
+
+    def __init__(self, log: Path) -> None:
+        self._log, self._over, self.longest = log, threading.Event(), 0.0
+        self._thread = threading.Thread(target=self._look)
+
+    def __enter__(self) -> Watch:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        time.sleep(0.5)
+        self._over.set()
+        self._thread.join()
+
+    def _look(self) -> None:
+        size, since = self._log.stat().st_size, time.perf_counter()
+        while not self._over.is_set():
+            now, at = self._log.stat().st_size, time.perf_counter()
+            self.longest = max(self.longest, at - since)
+            if now != size:
+                size, since = now, at
+            time.sleep(0.001)
+
+
+@contextlib.contextmanager
+def userfaultfd(allowed: bool) -> Iterator[None]:
+    before = ALLOW.read_text()
+    try:
+        if allowed:
+            ALLOW.write_text("1")
+        yield
+    finally:
+        ALLOW.write_text(before)
+
+
+@contextlib.contextmanager
+def libvirt() -> Iterator[None]:
+    """Its daemons, where none run."""
+    started = []
+    if subprocess.run(["virsh", "-q", "uri"], capture_output=True).returncode:
+        for name in ("virtlogd", "libvirtd"):
+            log = subprocess.DEVNULL
+            started.append(subprocess.Popen([shutil.which(name) or f"/usr/sbin/{name}"], stdout=log, stderr=log))
+    while subprocess.run(["virsh", "-q", "uri"], capture_output=True).returncode:
+        time.sleep(0.2)
+    try:
+        yield
+    finally:
+        for process in reversed(started):
+            process.terminate()
+            process.wait()
+
+
+def virsh(*words: str) -> str:
+    return subprocess.run(["virsh", "-q", *words], check=True, capture_output=True, text=True).stdout
+
+
+class Theirs:
+    """The same guest under libvirt."""
+
+    def __init__(self, folder: Path, image: Path, cmdline: str, like: dict) -> None:
+        self.folder, self.log, self.number = folder, folder / "serial.log", 0
+        for name in ("kernel", "initrd"):
+            shutil.copyfile(image / name, folder / name)
+            (folder / name).chmod(0o644)
+        self.log.touch(0o666)
+        self.log.chmod(0o666)
+        disk = folder / "disk.qcow2"
+        subprocess.run(["qemu-img", "create", "-qf", "qcow2", disk, "1G"], check=True)
+        model = like["cpu"].partition(",")[0]
+        cpu = (
+            "<cpu mode='host-passthrough'/>" if model == "host" else f"<cpu><model>{model.split('-v')[0]}</model></cpu>"
+        )
+        (folder / "domain.xml").write_text(
+            DOMAIN.format(
+                name=NAME, kind="kvm" if like["accelerator"] == "kvm" else "qemu", machine=like["type"], disk=disk,
+                kernel=folder / "kernel", initrd=folder / "initrd", cmdline=cmdline, log=self.log, cpu=cpu,
+            )
+        )  # fmt: skip
+        virsh("create", str(folder / "domain.xml"))
+        deadline = time.monotonic() + 300
+        while True:
+            try:
+                self.run("true")
+                break
+            except subprocess.CalledProcessError as error:
+                if time.monotonic() > deadline:
+                    raise SystemExit(f"the guest under libvirt does not answer: {error.stderr}") from None
+                time.sleep(1)
+
+    def run(self, script: str) -> None:
+        arguments = {"path": "/bin/sh", "arg": ["-c", f"({script}) >/dev/null 2>&1 </dev/null &"]}
+        virsh("qemu-agent-command", NAME, json.dumps({"execute": "guest-exec", "arguments": arguments}))
+
+    def snapshot(self) -> None:
+        self.number += 1
+        kind = ",snapshot=external"
+        virsh(
+            "snapshot-create-as", NAME, f"s{self.number}", "--live", "--memspec",
+            f"file={self.folder}/memory-{self.number}{kind}", "--diskspec",
+            f"vda,file={self.folder}/disk-{self.number}.qcow2{kind}",
+        )  # fmt: skip
+        (self.folder / f"memory-{self.number}").unlink()
+        virsh("snapshot-delete", NAME, f"s{self.number}", "--metadata")
+
+
+def main() -> None:
+    background = "--background" in sys.argv
+    with userfaultfd(background), running_daemon("tiny") as daemon, contextlib.ExitStack() as stack:
+        host = daemon.inn.host()
+        print(
+            f"accelerator: {host['accelerator']['name']}, {host['cpu']['threads']} CPUs, QEMU {host['qemu']['version']}"
+        )
+        ours = daemon.inn.launch("tiny", name="busy", memory="1G", disk="1G")
+        log = daemon.home.vm(ours.info["id"]) / "serial.log"
+        image = daemon.inn.image("tiny")
+        stack.enter_context(libvirt())
+        folder = Path(tempfile.mkdtemp(prefix="inn-bench-", dir="/var/tmp"))
+        stack.callback(shutil.rmtree, folder)
+        folder.chmod(0o755)
+        stack.callback(lambda: subprocess.run(["virsh", "-q", "destroy", NAME], capture_output=True))
+        theirs = Theirs(folder, daemon.home.image(image["id"]), image["cmdline"], ours.info["machine"])
+        for script in (BUSY, TICK):
+            ours.exec(["sh", "-c", f"({script}) >/dev/null 2>&1 </dev/null &"])
+            theirs.run(script)
+        measure(ours, log, theirs)
+
+
+def measure(ours, log: Path, theirs: Theirs) -> None:
+    pauses: dict[str, list[float]] = {"nothing": [], "ours": [], "said": [], "theirs": []}
+    how = ""
+    for _ in range(RUNS):
+        virsh("suspend", NAME)
+        time.sleep(1)
+        with Watch(log) as watch:
+            time.sleep(1)
+        pauses["nothing"].append(watch.longest)
+        with Watch(log) as watch:
+            found = ours.snapshots.create(memory=True).wait().result
+        pauses["ours"].append(watch.longest)
+        pauses["said"].append(found["memory"]["pause"])
+        how = found["memory"]["how"]
+        ours.snapshots.delete(found["snapshot"]).wait()
+        ours.pause()
+        virsh("resume", NAME)
+        time.sleep(1)
+        with Watch(theirs.log) as watch:
+            theirs.snapshot()
+        pauses["theirs"].append(watch.longest)
+        ours.resume()
+    shown = {name: f"{median(found) * 1000:.0f} ms" for name, found in pauses.items()}
+    print(f"saved by: {how}; QEMU itself says {shown['said']}; without any snapshot: {shown['nothing']}")
+    print({name: [round(value * 1000) for value in found] for name, found in pauses.items()})
+    say(
+        "a guest of 1 GiB stands still for",
+        shown["ours"],
+        shown["theirs"],
+        median(pauses["ours"]) / median(pauses["theirs"]),
+        "0.1",
+    )
+
+
+main()

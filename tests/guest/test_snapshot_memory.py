@@ -1,0 +1,292 @@
+"""Snapshots with the memory of real guests: what they were doing goes on from there, with disks of the same moment."""
+
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from conftest import running_daemon
+
+from innkeeper.client.errors import ApiError
+from innkeeper.client.wishes import vm_spec
+
+pytestmark = pytest.mark.guest
+
+COUNT = "i=0; while :; do i=$((i+1)); echo $i >/run/count.new; mv /run/count.new /run/count; done"
+"""In memory only."""
+BOTH = """i=0; while [ ! -e /run/stop ]; do i=$((i+1)); echo $i >/data/n; sync
+echo $i >/run/n.new; mv /run/n.new /run/n; done; touch /run/stopped"""
+"""On disk first, in memory then: of one moment, the disk is never behind and at most one ahead."""
+
+
+def sh(vm, script: str, **more) -> str:
+    """A shell script in the guest, which must end well."""
+    result = vm.exec(["sh", "-ec", script], **more)
+    assert result.status == 0, result
+    return result.stdout.decode()
+
+
+def begin(vm, program: str) -> None:
+    """In the background of the guest."""
+    vm.exec(["sh", "-c", f"({program}) >/dev/null 2>&1 </dev/null &"])
+
+
+def counted(vm) -> int:
+    return int(sh(vm, "cat /run/count"))
+
+
+@pytest.fixture(scope="module")
+def inn():
+    with running_daemon("tiny") as made:
+        yield made
+
+
+@pytest.fixture
+def vm(inn):
+    made = inn.inn.launch("tiny", name="remembered", memory="256M", disk="256M")
+    sh(made, "mkdir -p /run; mkfs.ext4 -q /dev/vda; mkdir -p /data; mount /dev/vda /data")
+    yield made
+    made.delete(force=True)
+
+
+def files(inn, vm) -> list[str]:
+    return sorted(path.name for path in inn.home.vm(vm.info["id"]).glob("memory-*"))
+
+
+def test_a_restore_goes_on_with_what_the_guest_was_doing(inn, vm):
+    sh(vm, "echo A >/data/a; sync")
+    begin(vm, COUNT)
+    sh(vm, "while [ ! -e /run/count ]; do :; done")
+    boot = sh(vm, "cat /proc/sys/kernel/random/boot_id")  # made when it is first read
+    before = counted(vm)
+    result = vm.snapshots.create("then", memory=True).wait().result
+    after = counted(vm)
+    one = vm.snapshots.get("then")
+    assert result["memory"]["size"] == one["memory"]["size"] > 10_000_000 and one["memory"]["pause"] > 0
+    assert one["stored_size"] >= one["memory"]["size"] and len(files(inn, vm)) == 1
+    path = inn.home.vm(vm.info["id"]) / files(inn, vm)[0]
+    assert path.stat().st_mode & 0o777 == 0o600 and path.stat().st_uid == os.geteuid()
+    sh(vm, "echo B >/data/b; sync; echo 10000000 >/run/count")
+    with pytest.raises(ApiError, match="running"):
+        vm.snapshots.restore("then").wait()
+
+    result = vm.snapshots.restore("then", force=True).wait().result
+    assert result["went_on"] == "running" and vm.state == "running"
+    assert sh(vm, "ls /data").split() == ["a", "lost+found"]
+    now = counted(vm)
+    assert before <= now < 10_000_000
+    assert sh(vm, "cat /proc/sys/kernel/random/boot_id") == boot  # it has not booted
+    assert "reseeded" in sh(vm, "dmesg")  # and knows that this is another life
+    assert abs(int(sh(vm, "date +%s")) - time.time()) < 60
+    deadline = time.monotonic() + 60
+    while counted(vm) <= max(now, after):  # it goes on counting
+        assert time.monotonic() < deadline
+    vm.snapshots.restore(result["kept"], start=True).wait()
+    wait_until_ready(vm)
+    sh(vm, "mkdir -p /data; fsck.ext4 -p /dev/vda >&2 || [ $? = 1 ]; mount /dev/vda /data")
+    assert sh(vm, "cat /data/a /data/b") == "A\nB\n"
+    for name in [one["name"] for one in vm.snapshots.list()]:
+        vm.snapshots.delete(name).wait()
+    assert files(inn, vm) == []
+
+
+def wait_until_ready(vm) -> None:
+    deadline = time.monotonic() + 300
+    while not vm.info["ready"]:
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
+@pytest.fixture
+def write_protection():
+    """Lets QEMU use userfaultfd(2) for the length of a test, where the host's kernel and we can."""
+    switch = Path("/proc/sys/vm/unprivileged_userfaultfd")
+    if os.geteuid() != 0 or not switch.exists():
+        pytest.skip("needs root and userfaultfd(2)")
+    before = switch.read_text()
+    switch.write_text("1")
+    yield
+    switch.write_text(before)
+
+
+def agree(vm) -> None:
+    """Stop writing; what the file system says, what is on the disk, and what is in memory belong together."""
+    at, seen = sh(vm, "touch /run/stop; while [ ! -e /run/stopped ]; do :; done; cat /data/n /run/n").split()
+    assert at == seen
+    assert sh(vm, "umount /data; e2fsck -fn /dev/vda >&2; mount /dev/vda /data; cat /data/n").strip() == seen
+
+
+def test_memory_and_disks_are_of_one_moment(inn, vm):
+    """The guest's cache says what its disk holds: were one older than the other, the file system would fall apart."""
+    begin(vm, BOTH)
+    sh(vm, "while [ ! -e /run/n ]; do :; done")
+    for name in ("one", "two"):
+        vm.snapshots.create(name, memory=True).wait()
+        assert vm.snapshots.get(name)["memory"]["how"] == inn.inn.host()["memory_saving"]["how"]
+    for name in ("one", "two", "one"):
+        vm.snapshots.restore(name, force=True, keep=False).wait()
+        agree(vm)
+
+
+def test_the_same_behind_the_guests_back(write_protection, inn, vm):
+    assert inn.inn.host()["memory_saving"]["how"] == "background"
+    test_memory_and_disks_are_of_one_moment(inn, vm)
+
+
+def test_what_was_paused_stays_so_and_the_disks_can_be_had_alone(vm):
+    begin(vm, COUNT)
+    sh(vm, "while [ ! -e /run/count ]; do :; done; echo A >/data/a; sync")
+    vm.snapshots.create("then", memory=True).wait()
+    assert vm.snapshots.restore("then", force=True, paused=True).wait().result["went_on"] == "paused"
+    assert vm.state == "paused"
+    vm.resume()
+    assert counted(vm) > 0
+    vm.snapshots.restore("then", start=True, disks_only=True).wait()
+    wait_until_ready(vm)
+    sh(vm, "[ ! -e /run/count ]; fsck.ext4 -p /dev/vda >&2 || [ $? = 1 ]; mkdir -p /data; mount /dev/vda /data")
+    assert sh(vm, "cat /data/a") == "A\n"
+
+
+def test_what_makes_no_sense_is_refused_with_the_reason(inn, vm):
+    with pytest.raises(ApiError, match="frozen") as caught:
+        vm.snapshots.create(memory=True, quiesce=True)
+    assert caught.value.code == "invalid-input"
+    vm.snapshots.create("disks").wait()
+    with pytest.raises(ApiError, match="nothing to pause"):
+        vm.snapshots.restore("disks", force=True, paused=True)
+    vm.pause()
+    with pytest.raises(ApiError, match="is paused") as caught:
+        vm.snapshots.create(memory=True)
+    assert "resume" in caught.value.hint
+    vm.stop(force=True)
+    with pytest.raises(ApiError, match="is stopped"):
+        vm.snapshots.create(memory=True)
+    assert files(inn, vm) == [] and [one["name"] for one in vm.snapshots.list()] == ["disks"]
+
+
+def test_a_fork_goes_on_from_its_memory_too(inn):
+    """Its devices are those of the warm image until it boots for the first time."""
+    inn.inn.warm("tiny", vm_spec("warming", "tiny", memory="256M", disk="256M")).wait()
+    with inn.inn.fork("tiny-warm") as fork:
+        begin(fork, COUNT)
+        sh(fork, "while [ ! -e /run/count ]; do :; done")
+        fork.snapshots.create("then", memory=True).wait()
+        who = sh(fork, "hostname; cat /sys/class/net/*/address; echo 10000000 >/run/count")
+        fork.snapshots.restore("then", force=True, keep=False).wait()
+        assert counted(fork) < 10_000_000 and sh(fork, "hostname; cat /sys/class/net/*/address") == who
+        fork.snapshots.restore("then", start=True, disks_only=True, keep=False).wait()
+        wait_until_ready(fork)
+        fork.snapshots.restore("then", force=True).wait()  # its own life has begun meanwhile
+        assert counted(fork) < 10_000_000
+    inn.inn.image_delete("tiny-warm").wait()
+
+
+def test_the_machine_is_set_back_to_the_one_that_the_memory_fits(inn, vm):
+    begin(vm, COUNT)
+    sh(vm, "while [ ! -e /run/count ]; do :; done")
+    vm.snapshots.create("then", memory=True).wait()
+    vm.stop(force=True)
+    document = {"kind": "vm", "state": "stopped"} | vm.info["spec"] | {"cpus": 3, "memory": "320M", "note": "mine"}
+    document.pop("first_boot")
+    (operation,) = inn.inn.apply([document])["operations"]
+    inn.inn.operation(operation).wait()
+    warnings = vm.snapshots.restore("then").wait().result["warnings"]
+    assert "vCPUs (3 → 2)" in warnings[0] and "memory in MiB (320 → 256)" in warnings[0]
+    info = vm.info
+    assert (info["cpus"], info["memory"], info["spec"]["note"]) == (2, 256 << 20, "mine") and not info["pending"]
+    assert counted(vm) > 0
+
+
+def test_memory_that_cannot_be_loaded_leaves_everything_as_it_was(inn, vm):
+    sh(vm, "echo A >/data/a; sync")
+    vm.snapshots.create("then", memory=True).wait()
+    sh(vm, "echo B >/data/b; sync")
+    path = inn.home.vm(vm.info["id"]) / files(inn, vm)[0]
+    with path.open("r+b") as file:
+        file.truncate(path.stat().st_size // 2)
+    vm.stop(force=True)
+    spec = vm.info["spec"]
+    with pytest.raises(ApiError, match="cannot be gone on from") as caught:
+        vm.snapshots.restore("then").wait()
+    assert "--disks-only" in caught.value.hint
+    assert vm.state == "stopped" and [one["name"] for one in vm.snapshots.list()] == ["then"]
+    assert vm.info["spec"] == spec
+    path.unlink()
+    path.symlink_to("/etc/passwd")
+    with pytest.raises(ApiError, match="is gone"):
+        vm.snapshots.restore("then")
+    vm.start()
+    wait_until_ready(vm)
+    sh(vm, "mkdir -p /data; fsck.ext4 -p /dev/vda >&2 || [ $? = 1 ]; mount /dev/vda /data")
+    assert sh(vm, "cat /data/a /data/b") == "A\nB\n"
+
+
+# --- in between, somebody dies ---
+
+
+@pytest.fixture
+def alone(bare_daemon):
+    bare_daemon.add_image("tiny")
+    bare_daemon.start()
+    made = bare_daemon.inn.launch("tiny", name="alone", memory="256M", disk="256M")
+    sh(made, "mkdir -p /run; mkfs.ext4 -q /dev/vda; mkdir -p /data; mount /dev/vda /data")
+    return made
+
+
+def over(daemon) -> None:
+    deadline = time.monotonic() + 120
+    while any(not operation.ended for operation in daemon.inn.operations()):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def test_a_daemon_that_is_killed_at_any_moment_leaves_a_guest_that_runs(bare_daemon, alone):
+    begin(alone, BOTH)
+    chance = random.Random()
+    taken = []
+    for number in range(6):
+        alone.snapshots.create(f"s{number}", memory=True)
+        time.sleep(chance.random() * 1.5)
+        bare_daemon.kill()
+        bare_daemon.start()
+        over(bare_daemon)
+        assert alone.state == "running"
+        sh(alone, "n=$(cat /data/n); while [ $(cat /data/n) = $n ]; do :; done", timeout=60)  # it goes on writing
+        taken = [one["name"] for one in alone.snapshots.list()]
+        assert len(files(bare_daemon, alone)) == len(taken)
+    for name in taken:
+        alone.snapshots.restore(name, force=True, keep=False).wait()
+        agree(alone)
+
+
+def test_a_guest_that_is_killed_while_its_memory_is_saved_loses_nothing_else(bare_daemon, alone):
+    sh(alone, "echo A >/data/a; sync; dd if=/dev/urandom of=/run/noise bs=1M count=60 2>/dev/null")
+    operation = alone.snapshots.create("s", memory=True)
+    while operation.poll(0.05).step != "switch":
+        assert not operation.ended
+    for pid in bare_daemon.qemus():
+        os.kill(pid.number, signal.SIGKILL)
+    if operation.wait_quietly().state == "failed":
+        assert alone.snapshots.list() == [] and files(bare_daemon, alone) == []
+    deadline = time.monotonic() + 60
+    while alone.state != "crashed":
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    alone.start()
+    wait_until_ready(alone)
+    sh(alone, "mkdir -p /data; fsck.ext4 -p /dev/vda >&2 || [ $? = 1 ]; mount /dev/vda /data; cat /data/a")
+
+
+def test_a_save_can_be_cancelled(bare_daemon, alone):
+    begin(alone, COUNT)
+    sh(alone, "dd if=/dev/urandom of=/run/noise bs=1M count=60 2>/dev/null")
+    operation = alone.snapshots.create("s", memory=True)
+    operation.cancel()
+    assert operation.wait_quietly().state == "cancelled"
+    assert alone.state == "running" and files(bare_daemon, alone) == [] and alone.snapshots.list() == []
+    before = counted(alone)
+    while counted(alone) == before:
+        pass
+    alone.snapshots.create("s", memory=True).wait()
