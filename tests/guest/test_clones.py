@@ -2,6 +2,7 @@
 
 import os
 import re
+import socket
 import subprocess
 import time
 from contextlib import contextmanager
@@ -15,9 +16,16 @@ from innkeeper.client.errors import ApiError
 pytestmark = pytest.mark.guest
 
 
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
 @pytest.fixture
 def vm(daemon):
-    made = daemon.inn.launch("tiny", name="source", memory="256M", disk="256M", publish=["28080:80"])
+    publish = [f"{free_port()}:80"]
+    made = daemon.inn.launch("tiny", name="source", memory="256M", disk="256M", publish=publish)
     sh(made, "mkfs.ext4 -q /dev/vda; mkdir -p /data; mount /dev/vda /data")
     yield made
     left = [one["name"] for one in daemon.inn.vms() if one["name"] != "shared"]
@@ -52,8 +60,9 @@ def test_a_running_vm_is_cloned_at_one_moment_and_goes_on(daemon, vm):
 
 def test_a_clone_is_a_machine_of_its_own(daemon, vm):
     remarks = vm.clone("other").wait().result["warnings"]
-    assert any("28080" in remark for remark in remarks)
     source, clone = vm.info, daemon.inn.vm("other").info
+    (port,) = [forward["host"] for forward in source["forwards"]]
+    assert any(str(port) in remark for remark in remarks)
     assert clone["state"] == "stopped" and clone["cloned_from"] == "source" and clone["linked_to"] == []
     assert clone["forwards"] == [] and clone["ssh_port"] != source["ssh_port"]
     for what in ("uuid", "macs"):
