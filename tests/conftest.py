@@ -183,6 +183,11 @@ def _sweep() -> None:
     for folder in CACHE.glob("inn-test-*-*"):
         if Path(f"/proc/{folder.name.split('-')[2]}").exists():
             continue
+        if folder.is_mount():
+            subprocess.run(["umount", "--lazy", folder], check=False)
+        if folder.is_file():  # what was mounted there
+            folder.unlink()
+            continue
         mark = b"INNKEEPER_HOME=" + os.fsencode(folder) + b"\0"
         for entry in Path("/proc").glob("[0-9]*"):
             with suppress(OSError):
