@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -146,6 +147,7 @@ class Theirs:
 
 
 def main() -> None:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what was changed is put back, also then
     background = "--background" in sys.argv
     with userfaultfd(background), running_daemon("tiny") as daemon, contextlib.ExitStack() as stack:
         host = daemon.inn.host()
