@@ -242,6 +242,7 @@ def over(daemon) -> None:
         time.sleep(0.1)
 
 
+@pytest.mark.slow
 def test_a_daemon_that_is_killed_at_any_moment_leaves_a_guest_that_runs(bare_daemon, alone):
     begin(alone, BOTH)
     chance = random.Random()

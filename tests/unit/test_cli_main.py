@@ -169,7 +169,10 @@ def test_ctrl_c_leaves_the_operation_running(daemon):
         time.sleep(0.01)
     os.kill(daemon.inn.vm("cli-interrupt").info["pid"], signal.SIGSTOP)  # it will not be ready
     words = [*INN, "op", "show", operation.id, "-f"]
-    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env=environment(daemon.home.data))
+    process = subprocess.Popen(
+        words, stderr=subprocess.PIPE, text=True, env=environment(daemon.home.data),
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # tests in the background inherit «ignored»
+    )  # fmt: skip
     try:
         assert process.stderr
         process.stderr.readline()
