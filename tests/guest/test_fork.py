@@ -1,5 +1,6 @@
 """Forks of a warm guest: they go on where it was, share nothing that they write, and are machines of their own."""
 
+import re
 import subprocess
 import sys
 import time
@@ -107,6 +108,15 @@ def test_a_command_in_a_fork_that_is_thrown_away(warm):
     assert (done.stdout, done.returncode) == ("42\n", 7)
     assert not warm.inn.vms() and not warm.qemus()
     assert not [path.name for path in warm.home.vms.iterdir()]
+
+
+def test_the_example_of_the_docs_runs(warm):
+    page = (Path(__file__).parents[2] / "docs" / "forks.md").read_text()
+    (example,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    environment = {"INNKEEPER_HOME": str(warm.home.data), "PATH": "/usr/bin:/bin"}
+    done = subprocess.run([sys.executable, "-c", example], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and done.stdout.startswith("fork-"), done
+    assert not warm.inn.vms() and not warm.qemus()
 
 
 def test_a_pool_keeps_some_ahead(warm):
