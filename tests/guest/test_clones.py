@@ -195,7 +195,8 @@ def filled(daemon):
 
 
 @pytest.mark.root
-@pytest.mark.parametrize("kind", ["xfs", pytest.param("btrfs", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["xfs", "btrfs"])
+@pytest.mark.slow
 def test_a_full_clone_shares_blocks_where_the_file_system_can(kind):
     with file_system(kind, "600M") as pool, daemon_in(pool) as daemon:
         vm = filled(daemon)
@@ -216,6 +217,7 @@ def test_a_full_clone_shares_blocks_where_the_file_system_can(kind):
 
 
 @pytest.mark.root
+@pytest.mark.slow
 def test_a_full_pool_leaves_the_source_as_it_was():
     with file_system("tmpfs", "300M") as pool, daemon_in(pool) as daemon:
         vm = filled(daemon)
