@@ -248,7 +248,11 @@ class House(Daemon):
             if vm["state"] != "deleting":
                 there = {path.name for path in self.home.vm(id).glob("[nm][ve]*-*")}
                 wanted = {f"nvram-{s['id']}.fd" for s in snapshots.values() if s["vm"] == id and s["nvram"]}
-                wanted |= {f"memory-{s['id']}" for s in snapshots.values() if s["vm"] == id and s["memory"]}
+                wanted |= {
+                    f"memory-{s['id']}"
+                    for s in snapshots.values()
+                    if s["vm"] == id and s["memory"] and not s["passing"]
+                }
                 if there != wanted:
                     yield f"{vm['name']} should have {wanted} and has {there}"
 

@@ -161,7 +161,7 @@ def not_replaced(house: House) -> None:
 
 # --- forks ---
 
-WARM = f"{NAME}-warm"
+WARM, FORK = f"{NAME}-warm", f"{NAME}-fork"
 
 
 def warm(inn: Innkeeper) -> Operation:
@@ -220,6 +220,19 @@ def chains(house: House) -> None:
         names = {link.readlink().name for link in Path(f"/proc/{pid.number}/fd").iterdir()}
         assert {name for name in names if LAYER.fullmatch(name)} == wanted
     assert vm["state"] != "paused", "nobody let it go on"
+
+
+def fork_vm(inn: Innkeeper) -> Operation:
+    return inn.forks(NAME, [FORK])[0]
+
+
+def forked(house: House) -> None:
+    assert [house.inn.vm(name).state for name in (NAME, FORK)] == ["running"] * 2
+    assert not snapshots(house)
+
+
+def not_forked(house: House) -> None:
+    assert house.inn.vm(NAME).state == "running" and FORK not in [vm["name"] for vm in house.inn.vms()]
 
 
 def taken(house: House) -> None:
@@ -402,6 +415,7 @@ SCENARIOS: dict[str, Scenario] = {
     "template-create": Scenario(seal, sealed, not_sealed, have_snapshots(have_used_disks)),
     "template-warm": Scenario(warm, warmed, not_warmed, have_image),
     "vm-fork": Scenario(lambda inn: inn.forks(WARM, [NAME])[0], state("running"), gone, have_warm),
+    "vm-fork, of a VM": Scenario(fork_vm, forked, not_forked, run_uefi),
     "vm-create": Scenario(lambda inn: inn.create(spec(), start=False), state("stopped"), gone),
     "vm-launch": Scenario(lambda inn: inn.create(spec(), ready=False), state("running"), gone),
     "vm-clone": Scenario(clone(), cloned(1, 1), not_cloned(1), run_uefi),

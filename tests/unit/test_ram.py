@@ -106,7 +106,8 @@ def test_what_is_looked_for_is_found_everywhere(tmp_path, monkeypatch):
         target.seek(70_000)
         target.write(b"other")
     places = [(0, 0), (4090, 0), (8192, 0), (70_000, 1), (500_000, 0), ((1 << 20) - 16, 0)]
-    assert ram.find_all(file, [b"0123456789abcdef", b"other"]) == places
+    with file.open("rb") as opened:
+        assert ram.find_all(opened.fileno(), [b"0123456789abcdef", b"other"]) == places
 
 
 def test_memory_of_another_process_is_overwritten_where_it_maps_the_copy(tmp_path):

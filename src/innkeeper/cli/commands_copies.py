@@ -133,10 +133,11 @@ COPIES: tuple[C, ...] = (
     C(
         "fork",
         COPIES_OF,
-        "make running copies of a warm image",
+        "make running copies of a warm image, or of a VM that runs",
         "forks:fork",
         (
-            IMAGE,
+            A(("source",), "warm image, or running VM", {"metavar": "IMAGE|VM"}, "image"),
+            A(("--snapshot",), "of the VM: go on from this one, which has memory", {"metavar": "SNAP"}),
             A(("--name",), "its name; with --count its beginning; a friendly one by default", {"metavar": "N"}),
             A(("--count",), "how many (default 1)", {"metavar": "N", "type": int, "default": 1}),
             A(("--rm",), "delete it when the command has ended", {"action": "store_true"}),
@@ -155,6 +156,7 @@ COPIES: tuple[C, ...] = (
         (
             "inn fork debian-12 --rm -- python3 -c 'print(6*7)'",
             "inn fork debian-12-warm --count 20 --ttl 1h",
+            "inn fork web --name web-try",
         ),
         "list",
         "Every fork is a machine of its own: hostname, machine-id, SSH host key, MAC, random seed.",

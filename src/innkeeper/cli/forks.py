@@ -52,13 +52,13 @@ def fork(inn: Innkeeper, args: Namespace) -> int:
     names = [stem] if args.count == 1 else [f"{stem}-{number}" for number in range(1, args.count + 1)]
     if not args.argv:
         begun = time.monotonic()
-        operations = inn.forks(args.image, names, ttl=args.ttl, force=args.force)
+        operations = inn.forks(args.source, names, snapshot=args.snapshot, ttl=args.ttl, force=args.force)
         failed = _follow_all(args, operations)
         if args.output == "text" and not args.no_wait and len(names) > 1:
             done = len(names) - failed
-            terminal.note(f"{done} forks of {args.image} are running after {time.monotonic() - begun:.1f} s")
+            terminal.note(f"{done} forks of {args.source} are running after {time.monotonic() - begun:.1f} s")
         return 1 if failed else 0
-    (operation,) = inn.forks(args.image, names, ttl=args.ttl, force=args.force)
+    (operation,) = inn.forks(args.source, names, snapshot=args.snapshot, ttl=args.ttl, force=args.force)
     _orderly_end()
     try:
         follow(operation)

@@ -32,7 +32,6 @@ def page(facts: dict[str, Any]) -> list[tuple[str, Any]]:
         *_pool(capacity),
         *_accelerator(facts.get("accelerator") or {}),
         *_qemu(facts),
-        *_saving(facts.get("memory_saving") or {}),
         *_confinement(facts),
         *_tools(facts.get("tools") or {}),
     ]
@@ -138,24 +137,6 @@ def _qemu(facts: dict[str, Any]) -> list[tuple[str, Any]]:
         ("QEMU", [f"{qemu.get('version', '')}", (f"  {qemu.get('package') or ''}", "dim")]),
         ("", (f"new VMs: machine {qemu.get('machine', '')}, CPU {model or '?'}", "dim")),
         ("Firmware", known),
-    ]
-
-
-WAYS = {
-    "background": "behind the guest's back: it hardly stands still",
-    "rounds": "in rounds while the guest runs: one that writes fast is slowed down",
-    "stopped": "while the guest stands still: the more RAM, the longer",
-}
-
-
-def _saving(saving: dict[str, Any]) -> list[tuple[str, Any]]:
-    """How snapshots with memory are taken."""
-    if not saving:
-        return []
-    return [
-        ("Saving memory", WAYS[saving["how"]]),
-        ("", (saving["reason"] if saving["how"] != "background" else "", "dim")),
-        ("", (f"→ {saving['hint']}", "dim") if saving.get("hint") else ""),
     ]
 
 

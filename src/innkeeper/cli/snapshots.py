@@ -12,11 +12,6 @@ from innkeeper.cli import terminal
 from innkeeper.cli.progress import conclude
 from innkeeper.client import Innkeeper, Operation
 
-WAYS = {
-    "background": "saved behind the guest's back (background-snapshot)",
-    "rounds": "saved round by round while the guest ran (precopy)",
-    "stopped": "saved while the guest stood still",
-}
 NO_BACKUP = "a snapshot is no backup: it lies beside the disk it belongs to, and is lost with it"
 
 
@@ -175,7 +170,6 @@ def info(inn: Innkeeper, args: Namespace) -> int:
         ("Taken", f"{format_age(age(one['created']))} ago, of a {one['taken']} VM"),
         ("Disks", _how(one)),
         ("Memory", _memory(one["memory"]) if one["memory"] else ("no: a restore boots", "dim")),
-        ("", (WAYS[one["memory"]["how"]], "dim") if one["memory"] else ""),
         ("UEFI", "its variables are part of it" if one["nvram"] else ""),
         ("On top of", one["parent"] or ("nothing", "dim")),
         ("Expires", _expiry(one)),

@@ -222,21 +222,37 @@ class Innkeeper:
         return self.operate("POST", "/images/warm", document=body)
 
     def forks(
-        self, image: str, names: Iterable[str], *, ttl: float | None = None, force: bool = False
+        self,
+        source: str,
+        names: Iterable[str],
+        *,
+        snapshot: str | None = None,
+        ttl: float | None = None,
+        force: bool = False,
     ) -> list[Operation]:
-        """Begin to fork a warm image, once for each name. `ttl` in seconds."""
-        body = {"image": image, "names": list(names), "ttl": ttl, "force": force}
+        """Begin to fork a warm image, or a VM that runs, once for each name; all of them go on from one moment: now,
+        or that of a `snapshot` of the VM. `ttl` in seconds."""
+        body = {"source": source, "names": list(names), "snapshot": snapshot, "ttl": ttl, "force": force}
         answer: dict[str, Any] = self.call("POST", "/forks", document=body)
         return [self.operation(id) for id in answer["operations"]]
 
-    def fork(self, image: str, *, name: str | None = None, ttl: float | None = None, force: bool = False) -> VM:
-        """A running copy of a warm image, when it is a machine of its own. In a `with` it is gone at the end:
+    def fork(
+        self,
+        source: str,
+        *,
+        name: str | None = None,
+        snapshot: str | None = None,
+        ttl: float | None = None,
+        force: bool = False,
+    ) -> VM:
+        """A running copy of a warm image, or of a VM that runs, when it is a machine of its own. In a `with` it is gone
+        at the end:
 
         >>> with inn.fork("debian-12-warm") as vm:
         ...     vm.exec(["uname", "-n"]).stdout
         """
         chosen = name or f"fork-{os.urandom(5).hex()}"
-        self.forks(image, [chosen], ttl=ttl, force=force)[0].wait()
+        self.forks(source, [chosen], snapshot=snapshot, ttl=ttl, force=force)[0].wait()
         return self.vm(chosen)
 
     def pool(self, image: str, *, ready: int = 4) -> Pool:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+import os
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from innkeeper.base.home import Home
 from innkeeper.base.nofollow import open_file
 from innkeeper.base.units import MIB
 from innkeeper.machine.reaction import HELD, NO_SPACE, Reaction, Status, react
-from innkeeper.qemu import cgroup, memory, migration, waiter
+from innkeeper.qemu import cgroup, guest_memory, migration, waiter
 from innkeeper.qemu.agent import Agent
 from innkeeper.qemu.monitor import Monitor
 from innkeeper.qemu.process import LOG, Process, last_words
@@ -36,8 +37,6 @@ STATS_EVERY = 10
 
 MOST_SCREEN = 64 * MIB
 """Bytes of a picture of the screen, at most."""
-MOST_MEMORY = 1 << 50
-"""Bytes of a saved memory: no limit but that of the host's disk."""
 RECONNECT = 5.0
 """Seconds that a QEMU that does not answer gets to do so, and between two attempts."""
 SEEN = 5.0
@@ -141,8 +140,6 @@ class Machine:
             "paused": ("paused", "", ""),
             "io-error": ("paused", NO_SPACE, ""),
             "guest-panicked": ("paused", "the guest's kernel panicked", ""),
-            "finish-migrate": ("paused", HELD, ""),  # its memory is being saved, and the daemon that did so is gone
-            "postmigrate": ("paused", HELD, ""),
             "shutdown": ("stopping", "", "the guest shut down"),
         }.get(found, ("starting", "", ""))
         self.status = Status(state=state, reason=reason, ending=ending, agent=agent)  # type: ignore[arg-type]
@@ -301,25 +298,6 @@ class Machine:
             self.status = replace(self.status, pausing=HELD)
             await self._and_seen("stop", "paused")
 
-    def hold_when_stopped(self) -> None:
-        """The same, of a guest that QEMU itself is going to stop; `held_still` tells when."""
-        self.held = True
-        if self.status.state == "running":
-            self.status = replace(self.status, pausing=HELD)
-
-    async def held_still(self) -> None:
-        """Until the guest's stop has been seen. Raises `QmpFailed` where that does not come."""
-        await self._seen("paused")
-
-    async def goes_on(self) -> None:
-        """Until it is seen that QEMU has let the guest go on by itself. Raises `QmpFailed` where it does not."""
-        await self._seen("running")
-        self.held = False
-
-    async def _seen(self, state: str) -> None:
-        if not await self._until(lambda status: status.state == state, SEEN):
-            raise QmpFailed(f"QEMU says that {self.name} is {state}, and its events that it is {self.status.state}")
-
     async def agent_back(self, seconds: float) -> bool:
         """Wait until the guest's agent has its port open; False if that takes longer."""
         return await self._until(lambda status: status.agent, seconds)
@@ -368,32 +346,69 @@ class Machine:
         if waiting is not None:
             waiting.close()
 
-    async def go_on_from(self, state: bytes) -> None:
-        """Put captured devices into a QEMU that was started with the RAM they belong to. `run` is what comes next.
+    async def go_on_from(self, state: bytes, *, saved: bool, agent: bool, waiter: bool) -> None:
+        """Put captured devices into a QEMU that was started with the RAM they belong to (`saved`: qemu/migration.py).
+        `run` is what comes next.
 
-        The agent and what waits are connected before, as they were when the guest was captured.
+        The agent and what waits are connected before, as they were when the guest was captured, if they were there.
         """
-        agent = Agent(self.folder, "agent.sock")
-        await agent.dial()
-        self._agent, self.status = agent, replace(self.status, agent=True)
-        await self.dial_waiter()
-        await migration.load(self.monitor, state)
+        if agent:
+            connection = Agent(self.folder, "agent.sock")
+            await connection.dial()
+            self._agent, self.status = connection, replace(self.status, agent=True)
+        if waiter:
+            await self.dial_waiter()
+        await migration.load(self.monitor, state, saved=saved)
 
-    async def load_memory(self, path: Path, report: memory.Progress) -> None:
-        """Put a saved execution into a QEMU that was started to wait for it. `run` is what comes next. Raises
-        `QemuFailed`: QEMU ends when it cannot take it."""
+    async def copy_memory(self, size: int, progress: guest_memory.Progress) -> guest_memory.Copy:
+        """What its `size` bytes of RAM and its screen hold, while the guest goes on; `save_state` makes it of one
+        moment. Raises `QemuFailed`."""
+        copy = guest_memory.Copy(self.process.pid.number, await guest_memory.regions(self.monitor, size))
         try:
-            with open_file(path, MOST_MEMORY) as saved:
-                await memory.load(self.monitor, saved.fileno(), report)
+            await copy.take(progress)
+        except BaseException:
+            copy.close()
+            raise
+        return copy
+
+    async def save_state(self, copy: guest_memory.Copy, machine_type: str) -> bytes:
+        """Of a guest that is held: bring the copy of its memory up to date, and give the state of its devices. Nobody
+        talks to its agent meanwhile: that would get into its memory. Raises `QemuFailed`, `QmpFailed`."""
+        async with self._agent_lock:
+            agent = self._agent
+            if agent is not None:
+                agent.may_ask.clear()
+            try:
+                await copy.take(lambda fraction: None)
+                return await migration.snapshot(self.monitor, machine_type)
+            finally:
+                if agent is not None:
+                    agent.may_ask.set()
+
+    async def load_memory(self, saved: int, parts: Sequence[int], progress: guest_memory.Progress) -> None:
+        """Put a saved execution into a QEMU that was started to wait for it: a file with as many bytes of RAM, screen
+        and devices as `parts` says. `run` is what comes next. Raises `QemuFailed`."""
+        memory, screen, devices = parts
+        try:
+            (ram, *_) = await guest_memory.regions(self.monitor, memory)
+            await guest_memory.put(self.process.pid.number, ram, saved, 0, progress)
+            await migration.load(self.monitor, os.pread(saved, devices, memory + screen))
+            await self.load_screen(saved, parts)
             await self._read_state()
             await self._save()
-        except (FileNotFoundError, QmpFailed) as error:
-            why = error.detail if isinstance(error, QmpFailed) else "its file is gone"
+        except QmpFailed as error:
             await asyncio.wait({self.process.ended}, timeout=CONNECTION_LOST)
             raise QemuFailed(
-                f"the saved memory of {self.name} cannot be gone on from: {why}\n{last_words(self.folder)}",
+                f"the saved memory of {self.name} cannot be gone on from: {error.detail}\n{last_words(self.folder)}",
                 hint="--disks-only boots from the snapshot's disks",
             ) from None
+
+    async def load_screen(self, saved: int, parts: Sequence[int]) -> None:
+        """What was to be seen on it; the guest draws only what changes."""
+        memory, screen, _ = parts
+        for region in (await guest_memory.regions(self.monitor, memory))[1:]:
+            if region.size == screen:
+                await guest_memory.put(self.process.pid.number, region, saved, memory)
 
     async def power_down(self) -> None:
         """Ask the guest to shut down, by ACPI and, where the agent listens, by the agent."""

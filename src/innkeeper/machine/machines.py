@@ -208,6 +208,7 @@ class Machines:
     async def _bound_logs(self) -> None:
         while True:
             for machine in self.live():
-                with suppress(OSError):
-                    bound(machine.folder / "serial.log")
+                for log_of in ("serial.log", LOG):  # what a guest does can make QEMU complain without an end
+                    with suppress(OSError):
+                        bound(machine.folder / log_of)
             await asyncio.sleep(LOGS_EVERY)

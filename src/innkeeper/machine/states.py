@@ -20,6 +20,7 @@ ACTIONS = (
     "snapshot",
     "restore",
     "clone",
+    "fork",
 )
 
 LIVE = frozenset({"starting", "running", "paused", "stopping"})
@@ -41,9 +42,9 @@ ACCEPT = Admission("accept")
 _RULES: tuple[tuple[frozenset[str], frozenset[str], Admission], ...] = tuple(
     (frozenset(states.split()), frozenset(actions.split()), Admission(answer, reason, hint))  # type: ignore[arg-type]
     for states, actions, answer, reason, hint in (
-        ("creating", "start stop restart pause resume exec console screenshot snapshot restore clone",
+        ("creating", "start stop restart pause resume exec console screenshot snapshot restore clone fork",
          "refuse", "it is still being made", "inn op ls shows how far it is"),
-        ("deleting", "start stop restart pause resume exec console screenshot snapshot restore clone",
+        ("deleting", "start stop restart pause resume exec console screenshot snapshot restore clone fork",
          "refuse", "it is being deleted", ""),
         ("deleting", "delete", "accept", "", ""),
         ("running", "start", "nothing", "it is running already", ""),
@@ -53,12 +54,16 @@ _RULES: tuple[tuple[frozenset[str], frozenset[str], Admission], ...] = tuple(
         ("stopped crashed", "stop", "nothing", "it is stopped already", ""),
         ("stopped crashed", "pause resume", "refuse", "it is stopped", "inn start starts it"),
         ("stopped crashed", "exec console screenshot", "refuse", "it is stopped", "inn start starts it"),
-        ("starting", "pause resume restart exec snapshot clone",
+        ("starting", "pause resume restart exec snapshot clone fork",
          "refuse", "it is still starting", "try again in a moment"),
-        ("stopping", "pause restart exec snapshot clone", "refuse", "it is shutting down", "wait, or inn stop --force"),
+        ("stopping", "pause restart exec snapshot clone fork",
+         "refuse", "it is shutting down", "wait, or inn stop --force"),
         ("stopping", "resume", "refuse", "it is shutting down", ""),
         ("paused", "pause", "nothing", "it is paused already", ""),
         ("running", "resume", "nothing", "it is running already", ""),
+        ("stopped crashed", "fork", "refuse", "it is stopped, and a fork goes on with what a guest is doing",
+         "inn clone makes a VM of its own with its disks"),
+        ("paused", "fork", "refuse", "it is paused, and so would its forks be", "inn resume lets it go on"),
         ("paused", "exec", "refuse", "it is paused, so nobody would answer", "inn resume lets it go on"),
     )
 )  # fmt: skip

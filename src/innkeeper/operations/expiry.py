@@ -13,7 +13,7 @@ from innkeeper.operations.engine import Engine
 from innkeeper.operations.world import World
 from innkeeper.store.contract import Value, update
 
-EVERY = 5.0
+EVERY = 2.0
 """Seconds between two looks."""
 NOTICE = 86400.0
 """Seconds before the end of a snapshot at which it is said, or in the last quarter of a short life."""
@@ -33,7 +33,7 @@ async def expire(world: World, engine: Engine) -> None:
             for document in await world.store.list("snapshot/"):
                 if document.value["expires"] and document.value["state"] == "whole":
                     with suppress(InnkeeperError):
-                        await _look_at(world, engine, document.value)
+                        await (_see_off if document.value["passing"] else _look_at)(world, engine, document.value)
         await asyncio.sleep(EVERY)
 
 
@@ -49,6 +49,16 @@ async def _look_at(world: World, engine: Engine, snapshot: Value) -> None:
         await update(world.store, f"snapshot/{snapshot['id']}", lambda s: s | {"noticed": True})
         text = f"{what} expires at {snapshot['expires']}: it is removed then, and what it holds is merged"
         await world.events.append("snapshot.expiring", text, target=target, level="warning")
+
+
+async def _see_off(world: World, engine: Engine, snapshot: Value) -> None:
+    """One that was taken for forks goes when those that wait for it have been made."""
+    vm = await world.find("vm", snapshot["vm"])
+    operations = [document.value for document in await world.store.list("operation/")]
+    if vm["operation"] or any(not o["ended"] and o["args"].get("capture") == snapshot["passing"] for o in operations):
+        return
+    target = {"kind": "vm", "id": vm["id"], "name": vm["name"]}
+    await engine.submit("snapshot-delete", target, {"snapshots": [snapshot["id"]]}, hold=f"vm/{vm['id']}")
 
 
 def _soon(snapshot: Value) -> bool:

@@ -9,12 +9,12 @@ from __future__ import annotations
 import asyncio
 
 from innkeeper.base.clock import now
-from innkeeper.base.errors import ActionRefused, AgentFailed, AgentUnavailable, Conflict, NameTaken
+from innkeeper.base.errors import ActionRefused, AgentFailed, AgentUnavailable, Conflict, NameTaken, QmpFailed
 from innkeeper.base.ids import new_id
 from innkeeper.machine.machine import Machine
 from innkeeper.operations.chains import chain
 from innkeeper.operations.engine import Action, Context, Step, Verb
-from innkeeper.operations.snapshot_memory import abandon, capture, check_memory, remarks
+from innkeeper.operations.snapshot_memory import capture, check_memory, drop_memory, remarks
 from innkeeper.operations.snapshots import (
     add_layers,
     check_new,
@@ -41,7 +41,7 @@ async def prepare(ctx: Context) -> None:
     """New layers beside the disks."""
     vm = await _vm(ctx)
     if "layers" not in ctx.data:
-        await check_new(ctx.world, vm, ctx.args["name"])
+        await check_new(ctx.world, vm, ctx.args["name"], memory=ctx.args["memory"])
         if ctx.args["memory"]:
             await check_memory(ctx.world, vm, quiesce=ctx.args["quiesce"])
         ctx.data |= decide(vm)
@@ -109,7 +109,7 @@ async def change_over(ctx: Context, record: Action) -> None:
     """From one moment on the VM writes to the layers of `prepare`; then `record` it. Also where it did so already."""
     vm = await _vm(ctx)
     machine = ctx.world.machines.get(vm["id"])
-    if vm["disks"] != ctx.data["layers"]:
+    if vm["disks"] != ctx.data["layers"] or not vm["disks"]:
         if ctx.args.get("memory"):
             await _with_memory(ctx, vm)
         elif machine is not None:
@@ -137,25 +137,28 @@ async def _with_memory(ctx: Context, vm: Value) -> None:
     if machine is None:
         raise ActionRefused(f"{vm['name']} ended before its memory was saved", hint=f"inn start {vm['name']}")
 
-    async def switched() -> bool:
-        return await _switched(ctx, machine)
-
     async def freeze() -> None:
         await _freeze(ctx, vm, machine)
 
+    if "memory" in ctx.data:
+        return
+    if await _switched(ctx, machine):
+        raise QmpFailed("the guest's memory was not saved: the daemon ended in the middle of it")
     await blocks.open_above(machine.monitor, await _pairs(ctx))  # now, while the guest runs
-    await capture(ctx, vm, machine, switched, freeze)
+    await capture(ctx, vm, machine, freeze)
 
 
 async def _switched(ctx: Context, machine: Machine) -> bool:
-    return {overlay.node for _, overlay in await _pairs(ctx)} <= await blocks.tops(machine.monitor)
+    pairs = await _pairs(ctx)
+    return bool(pairs) and {overlay.node for _, overlay in pairs} <= await blocks.tops(machine.monitor)
 
 
 async def _freeze(ctx: Context, vm: Value, machine: Machine) -> None:
     ctx.data["nvram"] = keep_nvram(ctx.world, vm, ctx.data["snapshot"])
     if ctx.data["nvram"]:
         await ctx.save()
-    await blocks.put_on_top(machine.monitor, await _pairs(ctx))
+    if pairs := await _pairs(ctx):
+        await blocks.put_on_top(machine.monitor, pairs)
 
 
 async def _pairs(ctx: Context) -> list[tuple[str, Layer]]:
@@ -168,24 +171,24 @@ async def _pairs(ctx: Context) -> list[tuple[str, Layer]]:
 async def _record(ctx: Context) -> None:
     """The snapshot, and the new layers as the VM's, in one transaction."""
     store, args, snapshot_id = ctx.world.store, ctx.args, ctx.data["snapshot"]
-    while True:
+    while await store.get(f"snapshot/{snapshot_id}") is None:
         document = await store.get(f"vm/{ctx.target['id']}")
         assert document is not None  # this operation holds it
         vm = document.value
-        name = args["name"] or await free_name(ctx.world, vm["id"], "snap")
+        name = args["name"] or await free_name(ctx.world, vm["id"], "fork" if args["passing"] else "snap")
         snapshot = snapshot_record(
             snapshot_id, vm, name, now(), note=args["note"], expires=args["expires"], quiesced=args["quiesce"],
             nvram=bool(ctx.data.get("nvram")), memory=ctx.data.get("memory"),
+            passing=ctx.operation if args["passing"] else "",
         )  # fmt: skip
         key = name_key(vm["id"], name)
         writes: dict[str, Value | None] = {
-            document.key: vm | {"disks": ctx.data["layers"], "at": snapshot_id},
+            document.key: vm | {"disks": ctx.data["layers"], "at": vm["at"] if args["passing"] else snapshot_id},
             f"snapshot/{snapshot_id}": snapshot,
             key: {"id": snapshot_id},
         }
         try:
             await store.transact(writes, {document.key: document.revision, key: 0})
-            return
         except Conflict as conflict:
             if conflict.facts["key"] == key and args["name"]:
                 raise NameTaken(f"{vm['name']} has a snapshot named {name!r} already", name=name) from None
@@ -194,7 +197,7 @@ async def _record(ctx: Context) -> None:
 async def unswitch(ctx: Context) -> None:
     """No snapshot. The new layers stay the VM's if they may have been written to."""
     if ctx.args.get("memory"):
-        await abandon(ctx)
+        drop_memory(ctx.world, ctx.target["id"], ctx.data["snapshot"])
     store, machine = ctx.world.store, ctx.world.machines.get(ctx.target["id"])
     switched = bool(ctx.data.get("switching"))
     if machine is not None and switched:
@@ -228,7 +231,7 @@ async def tell(ctx: Context) -> None:
     if ctx.args["expires"] is None:
         warnings.append(f"{name} never expires: its layer grows for as long as nobody removes it")
     ctx.result["warnings"] = warnings
-    if not ctx.data.get("told"):
+    if not ctx.data.get("told") and not ctx.args["passing"]:
         ctx.data["told"] = True
         await ctx.world.events.append(
             "snapshot.created", f"snapshot {name} of {target['name']} was taken", target=target
@@ -247,3 +250,13 @@ STEPS = (
     Step("tell", tell, keep=True),
 )
 VERB = Verb("snapshot-create", STEPS)
+
+
+def arguments(
+    *, name: str | None = None, note: str = "", expires: str | None, quiesce: bool = False, memory: bool = False,
+    passing: bool = False,
+) -> Value:  # fmt: skip
+    """What the journal keeps of a request."""
+    return {
+        "name": name, "note": note, "expires": expires, "quiesce": quiesce, "memory": memory, "passing": passing,
+    }  # fmt: skip

@@ -45,7 +45,7 @@ async def forget(ctx: Context) -> None:
     names = []
     for snapshot_id in ctx.data["snapshots"]:
         while (gone := await ctx.world.store.get(f"snapshot/{snapshot_id}")) is not None:
-            if await _forget(ctx, gone.value):
+            if await _forget(ctx, gone.value) and not gone.value["passing"]:
                 names.append(gone.value["name"])
         drop_nvram(ctx.world, ctx.target["id"], snapshot_id)
         drop_memory(ctx.world, ctx.target["id"], snapshot_id)

@@ -1,7 +1,9 @@
-"""The part of a snapshot that is a running guest's memory: saved while it runs, of the moment at which its disks are
-frozen, and gone on from by a restore.
+"""The part of a snapshot that is a running guest's memory: of the moment at which its disks are frozen; a restore and
+forks go on from it.
 
-QEMU writes it to a staged file; that gets its name once all of it is on the host's disk, and is in the store after.
+It is copied into the daemon's memory (qemu/guest_memory.py); from there into a file, which gets its name once all of it
+is on the host's disk. A passing snapshot, for forks that are being made, has no file. What one daemon copied is lost to
+the next: then there is no snapshot.
 """
 
 from __future__ import annotations
@@ -14,21 +16,23 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
-from innkeeper.base.errors import ActionRefused, AgentFailed, AgentUnavailable, InvalidInput, QmpFailed, Unsupported
+from innkeeper.base.errors import ActionRefused, AgentFailed, AgentUnavailable, InvalidInput, Unsupported
+from innkeeper.host.memory import check_memory as check_host_memory
 from innkeeper.machine.machine import Machine
+from innkeeper.operations.captured import memory_path, seed_of
 from innkeeper.operations.engine import Context
 from innkeeper.operations.snapshots import hold, release
 from innkeeper.operations.vm_create import check_room, claim_ports
 from innkeeper.operations.vm_start import resident
 from innkeeper.operations.world import World
 from innkeeper.plan.identity import misfit
-from innkeeper.plan.snapshot import machine_then, memory_name
-from innkeeper.qemu import memory
+from innkeeper.plan.rebirth import forms
+from innkeeper.plan.snapshot import machine_then
+from innkeeper.qemu.guest_memory import Copy
+from innkeeper.qemu.ram import find_all
 from innkeeper.spec.vm import VMSpec
 from innkeeper.store.contract import Value
 
-WRITE_OUT = 0.1
-"""Seconds between two times at which what was saved is written out."""
 LONG = 1.0
 """Seconds of standing still that are remarked upon."""
 AGENT_BACK = 10.0
@@ -66,124 +70,58 @@ async def check_memory(world: World, vm: Value, *, quiesce: bool) -> None:
         )
 
 
-async def capture(
-    ctx: Context, vm: Value, machine: Machine, switched: Callable[[], Awaitable[bool]], freeze: Deed
-) -> None:
-    """Save the guest, with `freeze` done at that very moment; it runs on then. `switched` tells whether `freeze` came
-    to pass, in this daemon or in one before it."""
-    path = memory_path(ctx.world, vm["id"], ctx.data["snapshot"])
-    if "memory" in ctx.data:
-        return
-    staged = path.with_name(f"{path.name}.new")
-    if not path.exists():
-        if await switched():
-            await _finish(machine, staged)
-        else:
-            await memory.abandon(machine.monitor)
-            await release(ctx)
-            check_room(ctx, resident(ctx, vm["id"]))
-            await _save(ctx, vm, machine, staged, freeze)
+async def capture(ctx: Context, vm: Value, machine: Machine, freeze: Deed) -> None:
+    """Save the guest, with `freeze` done at that very moment; it runs on then."""
+    world, snapshot = ctx.world, ctx.data["snapshot"]
+    await release(ctx)
+    size = vm["spec"]["memory"]
+    host = await world.host_with_qemu()
+    check_host_memory(size, host.memory, 0)
+    if not ctx.args["passing"]:
+        check_room(ctx, resident(ctx, vm["id"]))
+    copy = await machine.copy_memory(size, lambda fraction: ctx.report(fraction, "copying memory"))
+    try:
+        ctx.data["switching"] = True
+        await hold(ctx, machine)
+        await freeze()
+        devices = await machine.save_state(copy, vm["identity"]["machine_type"])
         await release(ctx)
-        await asyncio.to_thread(_publish, staged, path)
-    live = await ctx.world.store.get(f"live/{vm['id']}")
+        parts = [size, copy.size - size, len(devices)]
+        copy.append(devices)
+        ctx.report(None, "looking through its memory")
+        uuid_at = await asyncio.to_thread(find_all, copy.fd, forms(vm["identity"]["uuid"]))
+        if ctx.args["passing"]:
+            world.ram.put(snapshot, copy.seal())
+        else:
+            ctx.report(None, "writing memory")
+            await asyncio.to_thread(_write, copy, memory_path(world, vm["id"], snapshot))
+        stored = os.fstat(copy.fd).st_blocks * 512
+    finally:
+        copy.close()
+    live = await world.store.get(f"live/{vm['id']}")
     argv = live.value["argv"] if live else []
     ctx.data["memory"] = {
-        "size": path.stat().st_blocks * 512,
-        "how": ctx.data["how"],
-        "pause": round(machine.stood_still, 4),
-        "agent": machine.status.agent,
-        "as_fork": any('"free-page-reporting":false' in word for word in argv),
-    }
+        "size": stored, "parts": parts, "pause": round(machine.stood_still, 4), "agent": machine.status.agent,
+        "uuid_at": uuid_at, "seed": await seed_of(world, vm),
+        "as_fork": any('"free-page-reporting":false' in each for each in argv),
+    }  # fmt: skip
     await ctx.save()
 
 
-async def _save(ctx: Context, vm: Value, machine: Machine, staged: Path, freeze: Deed) -> None:
-    def report(fraction: float | None) -> None:
-        ctx.report(fraction, "saving memory")
-
+def _write(copy: Copy, path: Path) -> None:
+    staged = path.with_name(f"{path.name}.new")
     staged.unlink(missing_ok=True)
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-    fd = os.open(staged, flags, 0o600)  # QEMU gets it from us: its user could not open it
+    fd = os.open(staged, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
-        ctx.data |= {"how": await _way(vm, machine), "switching": True, "held": True}
-        await ctx.save()
-        if ctx.data["how"] != "rounds":
-            if resident(ctx, machine.id) < vm["spec"]["memory"]:
-                machine.hold_when_stopped()
-                await memory.touch(machine.monitor)
-                await machine.goes_on()
-            await hold(ctx, machine)
-            await freeze()
-        if ctx.data["how"] == "stopped":
-            await memory.save_stopped(machine.monitor, fd, report)
-            return
-        if ctx.data["how"] == "background":
-            await memory.behind_its_back(machine.monitor)
-            await memory.save_behind(machine.monitor, fd, report)
-            await machine.goes_on()
-            ctx.data["held"] = False
-            return
-
-        async def at_rest() -> None:
-            await machine.held_still()
-            await freeze()
-
-        machine.hold_when_stopped()
-        writing = asyncio.create_task(_write_out(fd))
-        try:
-            await memory.save_rounds(machine.monitor, fd, at_rest, report)
-        finally:
-            writing.cancel()
-            await asyncio.wait({writing})
-    finally:
-        os.close(fd)
-
-
-async def _way(vm: Value, machine: Machine) -> str:
-    """`background`, `rounds` or `stopped` (qemu/memory.py)."""
-    if await memory.behind_its_back(machine.monitor) is None:
-        return "background"
-    return memory.otherwise(vm["identity"]["accelerator"])
-
-
-async def _write_out(fd: int) -> None:
-    """Have the file on the host's disk as it grows: what QEMU flushes when the guest stops would wait for all of it."""
-    while True:
-        await asyncio.to_thread(os.fdatasync, fd)
-        await asyncio.sleep(WRITE_OUT)
-
-
-async def _finish(machine: Machine, staged: Path) -> None:
-    """The disks were frozen by a daemon that died then. QEMU has been given the file, or never will be."""
-    if not staged.exists() or staged.stat().st_size == 0:
-        raise QmpFailed("the guest's memory was not saved: the daemon ended in the middle of it")
-    await memory.finish(machine.monitor)
-
-
-def _publish(staged: Path, path: Path) -> None:
-    fd = os.open(staged, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
+        copy.write(fd)
     finally:
         os.close(fd)
     staged.rename(path)
 
 
-async def abandon(ctx: Context) -> None:
-    """Undo of `capture`: nobody saves any more, and there is no file."""
-    machine = ctx.world.machines.get(ctx.target["id"])
-    if machine is not None and ctx.data.get("how"):
-        await memory.abandon(machine.monitor)
-    drop_memory(ctx.world, ctx.target["id"], ctx.data["snapshot"])
-
-
-def memory_path(world: World, vm_id: str, snapshot_id: str) -> Path:
-    """The file of a snapshot's memory."""
-    return world.home.vm(vm_id) / memory_name(snapshot_id)
-
-
 def drop_memory(world: World, vm_id: str, snapshot_id: str) -> None:
     """Remove what a snapshot has of memory, whole or half-made."""
+    world.ram.drop(snapshot_id)
     path = memory_path(world, vm_id, snapshot_id)
     for each in (path, path.with_name(f"{path.name}.new")):
         each.unlink(missing_ok=True)
@@ -191,10 +129,7 @@ def drop_memory(world: World, vm_id: str, snapshot_id: str) -> None:
 
 def remarks(name: str, found: Value) -> list[str]:
     """What is worth saying of a saved memory."""
-    if found["pause"] > LONG:
-        why = "" if found["how"] == "stopped" else ", since it changed its memory faster than it could be saved"
-        return [f"{name} stood still for {found['pause']:.1f} s{why}; inn host tells how memory is saved here, and why"]
-    return []
+    return [f"{name} stood still for {found['pause']:.1f} s"] if found["pause"] > LONG else []
 
 
 # --- going on from it ---
@@ -209,9 +144,9 @@ async def check_fits(world: World, snapshot: Value) -> None:
             f"the memory in snapshot {snapshot['name']} was saved with {what} {its}, and this host has {ours}",
             hint=hint,
         )
-    path = memory_path(world, snapshot["vm"], snapshot["id"])
-    if not path.is_file() or path.is_symlink():
-        raise ActionRefused(f"the memory of snapshot {snapshot['name']} is gone: {path.name}", hint=hint)
+    path, size = memory_path(world, snapshot["vm"], snapshot["id"]), sum(snapshot["memory"]["parts"])
+    if not path.is_file() or path.is_symlink() or path.stat().st_size != size:
+        raise ActionRefused(f"the memory of snapshot {snapshot['name']} is gone, or not whole: {path.name}", hint=hint)
 
 
 async def set_back(ctx: Context, vm: Value, snapshot: Value) -> tuple[Value, dict[str, Value | None]]:

@@ -52,14 +52,14 @@ async def free_name(world: World, vm_id: str, stem: str) -> str:
     return next(name for n in range(1, len(taken) + 2) if (name := f"{stem}-{n}") not in taken)
 
 
-async def check_new(world: World, vm: Value, name: str | None) -> None:
+async def check_new(world: World, vm: Value, name: str | None, *, memory: bool = False) -> None:
     """Raises `NameTaken`, and `ActionRefused` for a chain that is at its limit or a VM without disks."""
     if name is not None and await world.store.get(name_key(vm["id"], name)):
         raise NameTaken(f"{vm['name']} has a snapshot named {name!r} already", hint="choose another name", name=name)
-    if not vm["disks"]:
-        raise ActionRefused(f"{vm['name']} has no disk to take a snapshot of")
+    if not vm["disks"] and not memory:
+        raise ActionRefused(f"{vm['name']} has no disk to take a snapshot of", hint="--memory saves what it is doing")
     layers = await all_layers(world)
-    depth = max(len(lineage(layers, top)) for top in vm["disks"])
+    depth = max((len(lineage(layers, top)) for top in vm["disks"]), default=0)
     if depth >= MOST_LAYERS:
         raise ActionRefused(
             f"a disk of {vm['name']} consists of {depth} layers already, and {MOST_LAYERS} is the most",

@@ -77,7 +77,8 @@ async def capture(ctx: Context) -> None:
             _take(folder / name, workspace / name)
     identity, qemu = vm["identity"], world.qemu
     ctx.report(None, "looking through its memory")
-    uuid_at = await asyncio.to_thread(find_all, workspace / "ram", forms(identity["uuid"]))
+    with (workspace / "ram").open("rb") as ram:
+        uuid_at = await asyncio.to_thread(find_all, ram.fileno(), forms(identity["uuid"]))
     ctx.data["image_fields"] = {
         "kind": "warm", "files": files, "format": "qcow2", "virtual_size": image["virtual_size"], "user": image["user"],
         "agent": image["agent"], "cloud_init": image["cloud_init"], "min_memory": image["min_memory"],

@@ -9,7 +9,6 @@ a snapshot. They are merged away again once the copy is whole.
 from __future__ import annotations
 
 import os
-import shutil
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -162,16 +161,10 @@ async def copy(ctx: Context) -> None:
     """The clone's folder: its layers, UEFI variables, and the seed if it is to be taken for the source."""
     world, source, clone = ctx.world, await _source(ctx), await ctx.world.find("vm", ctx.data["vm"])
     vm_create.check_room(ctx, vm_create.NEW_DISK * max(1, len(clone["disks"])))
-    folder, origin = world.home.vm(clone["id"]), world.home.vm(source["id"])
-    if folder.exists():
-        shutil.rmtree(folder)  # half-made by a daemon that died
-    folder.mkdir(mode=0o700, parents=True)
+    folder, origin = vm_create.new_folder(ctx, clone["id"]), world.home.vm(source["id"])
     layers = await all_layers(world)
     if ctx.args["linked"]:
-        for top in clone["disks"]:
-            base = layer_path(world, layers[layers[top]["parent"]])
-            with open_file(base, MOST_LAYER) as frozen:
-                write_overlay(layer_path(world, layers[top]), base, "qcow2", read_size(frozen.fileno()))
+        await put_overlays(world, clone)
     elif ctx.data["copies"]:
         with ExitStack() as files:
             pairs = [
@@ -183,16 +176,25 @@ async def copy(ctx: Context) -> None:
             ]
             await copy_files([(file.fileno(), target) for file, target in pairs], report=ctx.report)
     variables = nvram_name(ctx.data["snapshot"]) if ctx.data["changes_over"] else "nvram.fd"
-    _copy_small(origin / variables, folder / "nvram.fd", MOST_NVRAM)
+    copy_small(origin / variables, folder / "nvram.fd", MOST_NVRAM)
     if ctx.args["keep_identity"]:
         for name in ("seed.iso", "ignition.json"):
-            _copy_small(origin / name, folder / name, MOST_SEED)
+            copy_small(origin / name, folder / name, MOST_SEED)
     if (uid := clone["identity"]["uid"]) is not None:
         for path in (*folder.iterdir(), folder):
             os.chown(path, uid, uid)
 
 
-def _copy_small(source: Path, target: Path, most: int) -> None:
+async def put_overlays(world: World, vm: Value) -> None:
+    """The top layers of a VM whose disks stand on frozen layers of another."""
+    layers = await all_layers(world)
+    for top in vm["disks"]:
+        base = layer_path(world, layers[layers[top]["parent"]])
+        with open_file(base, MOST_LAYER) as frozen:
+            write_overlay(layer_path(world, layers[top]), base, "qcow2", read_size(frozen.fileno()))
+
+
+def copy_small(source: Path, target: Path, most: int) -> None:
     """Where there is such a file."""
     try:
         with open_file(source, most) as reading:
@@ -249,5 +251,8 @@ VERB = Verb("vm-clone", STEPS)
 
 
 def arguments(new: str, *, linked: bool, keep_identity: bool, quiesce: bool) -> Value:
-    """What the journal keeps of a request. `name` is that of the snapshot which this is not (snapshot_create)."""
-    return {"new": new, "linked": linked, "keep_identity": keep_identity, "quiesce": quiesce, "name": None}
+    """What the journal keeps of a request. `name` and `memory` are those of the snapshot which this is not
+    (snapshot_create)."""
+    return {
+        "new": new, "linked": linked, "keep_identity": keep_identity, "quiesce": quiesce, "name": None, "memory": False,
+    }  # fmt: skip

@@ -62,7 +62,7 @@ async def claim(ctx: Context) -> None:
         writes[f"vm/{identity.id}"] = record | {
             "operation": {"id": ctx.operation, "kind": ctx.args["kind"]},
             "capturable": bool(ctx.args.get("capturable")),
-            "going_on": bool(image and image["kind"] == "warm"),
+            "going_on": f"image/{image['id']}" if image and image["kind"] == "warm" else "",
             "forked": bool(image and image["kind"] == "warm"),
             "expires": ctx.args.get("expires"),
         }
@@ -164,10 +164,7 @@ async def make_files(ctx: Context) -> None:
     vm = await world.find("vm", ctx.data["vm"])
     spec = VMSpec.model_validate(vm["spec"])
     check_room(ctx, NEW_DISK * max(1, len(spec.disks)))
-    folder = world.home.vm(vm["id"])
-    if folder.exists():
-        shutil.rmtree(folder)  # half-made by a daemon that died
-    folder.mkdir(mode=0o700, parents=True)
+    folder = new_folder(ctx, vm["id"])
     image = await world.find("image", vm["image"]["id"]) if vm["image"] else None
     for index, (disk, layer_id) in enumerate(zip(spec.disks, vm["disks"], strict=True)):
         *_, base, top = (None, *await chain(world, vm["id"], layer_id))
@@ -191,6 +188,15 @@ async def make_files(ctx: Context) -> None:
     if (uid := vm["identity"]["uid"]) is not None:
         for path in (*folder.iterdir(), folder):
             os.chown(path, uid, uid)
+
+
+def new_folder(ctx: Context, vm_id: str) -> Path:
+    """An empty folder of a VM."""
+    folder = ctx.world.home.vm(vm_id)
+    if folder.exists():
+        shutil.rmtree(folder)  # half-made by a daemon that died
+    folder.mkdir(mode=0o700, parents=True)
+    return folder
 
 
 def _smallest(image: Value, disk: int) -> int:

@@ -1,4 +1,5 @@
-"""Fork a warm image: a running copy of a captured guest, which is a machine of its own before anyone can talk to it."""
+"""Fork a warm image, or a VM that runs: a running copy of a captured guest, which is a machine of its own before anyone
+can talk to it."""
 
 from __future__ import annotations
 
@@ -6,7 +7,8 @@ import asyncio
 
 from innkeeper.base.errors import ActionRefused, AgentFailed, AgentUnavailable, Unsupported
 from innkeeper.machine.machine import Machine
-from innkeeper.operations import vm_create, vm_start
+from innkeeper.operations import fork_of_vm, vm_create, vm_start
+from innkeeper.operations.captured import Captured, captured
 from innkeeper.operations.engine import Context, Step, Verb
 from innkeeper.operations.rebirth import ALLOWED, heard, new_self, tell_agent
 from innkeeper.operations.world import World
@@ -23,29 +25,30 @@ async def go_on(ctx: Context) -> None:
     moves, so that nothing waits for anything else. A fork that stays somebody else is not let live."""
     world = ctx.world
     vm = await world.find("vm", ctx.data["vm"])
-    image = await world.find("image", vm["image"]["id"])
-    if not image["agent"]:
-        await vm_start.run(ctx)
-        target = {"kind": "vm", "id": vm["id"], "name": vm["name"]}
-        text = (
-            f"{vm['name']} has no agent: hostname, machine-id, SSH host keys and MAC are still those of {image['name']}"
-        )
-        await world.events.append("vm.same-identity", text, target=target, level="warning")
-        ctx.result["warnings"] = [text]
-        return
+    found = await captured(world, f"snapshot/{ctx.data['snapshot']}" if _of_vm(ctx) else f"image/{vm['image']['id']}")
     machine = world.machines.get(vm["id"])
     if machine is None:
         raise ActionRefused(f"{vm['name']} ended before it was itself", hint="see its qemu.log")
-    who = await new_self(world, vm, list(zip(image["warm"]["macs"], vm["identity"]["macs"], strict=True)))
-    telling = _tell(machine, image["warm"]["waits"], who)
+    if found.agent:
+        ctx.result["warnings"] = await _as_itself(ctx, vm, machine, found)
+    else:
+        await vm_start.run(ctx)
+        target = {"kind": "vm", "id": vm["id"], "name": vm["name"]}
+        text = f"{vm['name']} has no agent: hostname, machine-id, SSH host keys and MAC are still those of {found.name}"
+        await world.events.append("vm.same-identity", text, target=target, level="warning")
+        ctx.result["warnings"] = [text]
+    await machine.poll_statistics()
+
+
+async def _as_itself(ctx: Context, vm: Value, machine: Machine, found: Captured) -> list[str]:
+    """What its guest remarks on having become somebody else."""
+    who = await new_self(ctx.world, vm, list(zip(found.macs, vm["identity"]["macs"], strict=True)))
+    telling = _tell(machine, found.waits, who)
     try:
         answer, _, _ = await asyncio.gather(telling, _greet(machine), vm_start.run(ctx))
     except (AgentUnavailable, AgentFailed) as error:
         raise AgentFailed(f"{vm['name']} could not be made a machine of its own: {error.detail}") from None
-    notes = heard(vm, answer)
-    await machine.poll_statistics()
-    if notes:
-        ctx.result["warnings"] = notes
+    return heard(vm, answer)
 
 
 async def _tell(machine: Machine, waits: bool, who: Rebirth) -> str:
@@ -87,5 +90,28 @@ async def find_warm(world: World, name: str) -> Value:
     return image
 
 
-STEPS = (*vm_create.STEPS, *(step for step in vm_start.STEPS if step.do is not vm_start.run), Step("go-on", go_on))
+def _of_vm(ctx: Context) -> bool:
+    return "capture" in ctx.args
+
+
+def _nothing_to_wait_for(ctx: Context) -> bool:
+    return not ctx.args.get("capture")
+
+
+async def _claim(ctx: Context) -> None:
+    await (fork_of_vm if _of_vm(ctx) else vm_create).claim(ctx)
+
+
+async def _make_files(ctx: Context) -> None:
+    await (fork_of_vm if _of_vm(ctx) else vm_create).make_files(ctx)
+
+
+STEPS = (
+    Step("wait", fork_of_vm.wait, idle=_nothing_to_wait_for),
+    Step("claim", _claim, vm_create.unclaim),
+    Step("make-files", _make_files, vm_create.remove_files),
+    Step("settle", vm_create.settle, vm_create.unsettle),
+    *(step for step in vm_start.STEPS if step.do is not vm_start.run),
+    Step("go-on", go_on),
+)
 VERB = Verb("vm-fork", STEPS)

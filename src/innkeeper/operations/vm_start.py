@@ -7,11 +7,12 @@ from pathlib import Path
 
 from innkeeper.base.clock import now
 from innkeeper.base.errors import ActionRefused, Conflict, NotFound, PortTaken, QemuFailed
-from innkeeper.base.nofollow import write_file
+from innkeeper.base.nofollow import open_file, write_file
 from innkeeper.host.memory import check_memory
 from innkeeper.machine.machine import Machine
 from innkeeper.machine.states import LIVE
 from innkeeper.network.ports import is_free, who_listens
+from innkeeper.operations.captured import captured, memory_path
 from innkeeper.operations.chains import chain
 from innkeeper.operations.engine import Context, Step
 from innkeeper.operations.vm_create import claim_ports, write_first_boot
@@ -20,7 +21,6 @@ from innkeeper.plan.command import Files, command
 from innkeeper.plan.identity import Identity, on_accelerator
 from innkeeper.plan.options import Plan
 from innkeeper.plan.rebirth import forms, state_with
-from innkeeper.plan.snapshot import memory_name
 from innkeeper.qemu.ram import overwrite
 from innkeeper.spec.image import Image
 from innkeeper.spec.vm import VMSpec
@@ -72,6 +72,8 @@ async def _check_ports(ctx: Context) -> None:
         await _check_ports(ctx)
 
 
+MOST_MEMORY = 1 << 50
+"""Bytes of a saved memory: no limit but that of the host's disk."""
 FORK_SHARE = 4
 """Of a fork's memory one part in so many is expected to become its own; the rest it goes on sharing."""
 
@@ -120,22 +122,30 @@ async def spawn(ctx: Context) -> None:
 async def _start(ctx: Context, vm: Value) -> None:
     world = ctx.world
     planned = await plan(ctx, vm)
-    if planned.ram is None:
-        machine = await world.machines.start(vm, planned)
-        if saved := ctx.data.get("memory"):
-            path = world.home.vm(vm["id"]) / memory_name(saved["snapshot"])
-            await machine.load_memory(path, lambda fraction: ctx.report(fraction, "loading memory"))
+    if vm["going_on"]:
+        await _go_on(world, vm, planned)
         return
-    image = await world.find("image", vm["image"]["id"])
-    devices = (world.home.image(image["id"]) / image["files"]["devices"]).read_bytes()
-    nics = list(zip(image["warm"]["macs"], vm["identity"]["macs"], strict=True))
-    new = forms(vm["identity"]["uuid"])
+    machine = await world.machines.start(vm, planned)
+    if saved := ctx.data.get("memory"):
+        with open_file(memory_path(world, vm["id"], saved["snapshot"]), MOST_MEMORY) as file:
+            await machine.load_memory(
+                file.fileno(), saved["parts"], lambda fraction: ctx.report(fraction, "loading memory")
+            )
+
+
+async def _go_on(world: World, vm: Value, planned: Plan) -> None:
+    found = await captured(world, vm["going_on"])
+    ram = await world.ram.get(found.id, found.ram)
+    nics = list(zip(found.macs, vm["identity"]["macs"], strict=True))
+    state, new = state_with(found.state(ram), nics), forms(vm["identity"]["uuid"])
 
     async def load(machine: Machine) -> None:
-        await machine.go_on_from(state_with(devices, nics))
-        overwrite(machine.process.pid.number, [(at, new[form]) for at, form in image["warm"]["uuid_at"]])
+        await machine.go_on_from(state, saved=found.devices is not None, agent=found.agent, waiter=found.waits)
+        overwrite(machine.process.pid.number, [(at, new[form]) for at, form in found.uuid_at])
+        if found.parts:
+            await machine.load_screen(ram, found.parts)
 
-    await world.machines.start(vm, planned, await world.ram.get(image["id"], Path(planned.ram.path)), load)
+    await world.machines.start(vm, planned, ram, load)
 
 
 async def kill(ctx: Context) -> None:
@@ -158,20 +168,21 @@ async def plan(ctx: Context, vm: Value) -> Plan:
     if spec.firmware == "uefi" and not (folder / "nvram.fd").exists():
         assert host.firmware.uefi is not None
         _fresh_variables(Path(host.firmware.uefi.vars), folder, identity.uid)
-    image, fork = await boot_image(world, vm), await captured(world, vm)
+    image = await boot_image(world, vm)
+    fork = await captured(world, vm["going_on"]) if vm["going_on"] else None
     files = Files(
         chains=[await chain(world, vm["id"], layer) for layer in vm["disks"]],
         kernel_dir=str(world.home.image(image.id)) if image else "",
-        seed=_seed(world, vm, fork),
+        seed=fork.seed if fork else "seed.iso" if vm["seed"] else "",
         iso=vm["disc"],
         ignition=(folder / "ignition.json").exists(),
-        ram=str(world.home.image(fork["id"]) / fork["files"]["ram"]) if fork else "",
+        ram=str(fork.ram) if fork else "",
     )
     saved = ctx.data.get("memory")
+    as_fork = fork.as_fork if fork else bool(saved and saved["as_fork"])
     return command(
-        spec, identity, host, image, files, capturable=vm["capturable"], incoming=bool(saved),
-        as_fork=bool(saved and saved["as_fork"]),
-    )  # fmt: skip
+        spec, identity, host, image, files, capturable=vm["capturable"], incoming=bool(saved), as_fork=as_fork
+    )
 
 
 def _fresh_variables(template: Path, folder: Path, uid: int | None) -> None:
@@ -183,7 +194,7 @@ async def _seed_of_its_own(ctx: Context, vm: Value) -> Value:
     """A fork or clone that boots for the first time: its cloud-init must find what it became, not what it was copied
     from."""
     image = await ctx.world.find("image", vm["image"]["id"]) if vm["image"] else None
-    if not vm.get("identity_due") and (image is None or image["kind"] != "warm"):
+    if not vm.get("identity_due") and not vm["forked"]:
         return vm
     await write_first_boot(ctx, vm, image)
     seed = ctx.world.home.vm(vm["id"]) / "seed.iso"
@@ -198,18 +209,6 @@ async def boot_image(world: World, vm: Value) -> Image | None:
     while image is not None and image.get("base"):
         image = await world.find("image", image["base"])
     return Image.model_validate({key: image[key] for key in Image.model_fields if key in image}) if image else None
-
-
-async def captured(world: World, vm: Value) -> Value | None:
-    """The image whose captured memory this start goes on from; None for a boot."""
-    return await world.find("image", vm["image"]["id"]) if vm["going_on"] else None
-
-
-def _seed(world: World, vm: Value, fork: Value | None) -> str:
-    if fork is None:
-        return "seed.iso" if vm["seed"] else ""
-    # The guest has read it already, and needs a device of the same size.
-    return str(world.home.image(fork["id"]) / fork["files"]["seed"]) if "seed" in fork["files"] else ""
 
 
 async def run(ctx: Context) -> None:
@@ -228,7 +227,7 @@ async def run(ctx: Context) -> None:
         return
     if machine.status.state == "starting" or first:
         if vm["going_on"]:  # from here on its memory and its disk are one with nothing else: never again from there
-            await update(ctx.world.store, f"vm/{vm['id']}", lambda v: v | {"going_on": False})
+            await update(ctx.world.store, f"vm/{vm['id']}", lambda v: v | {"going_on": ""})
         await machine.run()
         if ctx.kind != "vm-fork":  # whose guest has something else to do first
             await machine.poll_statistics()

@@ -55,8 +55,8 @@ def command(
     """The plan of one start. `image` is what its kernel comes from, if it is one.
 
     `capturable`: its RAM can be captured, see `Memory`. `incoming`: it waits for saved memory, which fits only where
-    the devices are those of then: a fork that had not booted yet has others (`as_fork`). Files that only the daemon may
-    read go in as descriptors.
+    the devices are those of then: `as_fork` are those of a guest that was made capturable. Files that only the daemon
+    may read go in as descriptors.
     """
     assert host.qemu is not None
     memory: Memory = "going-on" if files.ram else "captured" if capturable else "private"
@@ -74,8 +74,8 @@ def command(
         *_machine(spec, identity, host, memory),
         *_control(),
         *devices.console(),
-        *devices.channels(rebirth=memory != "private" or as_fork),
-        *devices.paravirtual(identity, reporting=memory == "private" and not as_fork),
+        *devices.channels(rebirth=capturable or as_fork),
+        *devices.paravirtual(identity, reporting=not capturable and not as_fork),
         *devices.disks(spec, chains),
     ]
     if files.seed:

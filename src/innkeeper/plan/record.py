@@ -37,8 +37,9 @@ def vm_record(
         "expires": None,
         "forked": False,
         "capturable": False,  # its RAM is shared on a file, so that it can be captured while it runs
-        "going_on": False,  # its first start goes on from the memory of its image; every later one boots
+        "going_on": "",  # key of the image or snapshot whose memory its first start goes on from; each later one boots
+        "read_seed": "",  # path of the seed that the guest of a fork has read
         "identity_due": False,  # a clone whose guest is still to become a machine of its own, at its first start
-        "cloned_from": None,  # {id, name} of the VM that a clone was made of
+        "cloned_from": None,  # {id, name} of the VM that a clone or fork was made of
         "pending": False,  # a changed spec waits for the next start
     }

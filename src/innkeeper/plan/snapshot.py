@@ -1,14 +1,16 @@
 """Snapshots as documents, and which layers of a VM nobody needs any more: pure functions of what the store has.
 
 A snapshot's document (`snapshot/<id>`): {id, vm, name, created, note, expires, automatic, state, disks, parent, taken,
-quiesced, nvram, memory, disc, spec, identity, noticed}. `disks` are its frozen layers, one for each disk; `parent` the
-snapshot that the VM stood on when it was taken; `taken` the state that the VM was in; `state` is `whole`, or `deleting`
-once it is being removed: then its layers may be merged with others, so there is no way back to it. The VM's document
-says under `at` which snapshot the present stands on.
+quiesced, nvram, memory, passing, disc, spec, identity, noticed}. `disks` are its frozen layers, one for each disk;
+`parent` the snapshot that the VM stood on when it was taken; `taken` the state that the VM was in; `state` is `whole`,
+or `deleting` once it is being removed: then its layers may be merged with others, so there is no way back to it. The
+VM's document says under `at` which snapshot the present stands on.
 
-`memory` is None, or says of the saved execution {size, how, pause, agent, as_fork}: bytes of its file on the host's
-disk; the way (qemu/memory.py); seconds for which the guest stood still; whether an agent listened, and
-whether that QEMU had the devices of a fork (plan/command.py).
+`memory` is None, or says of the saved execution {size, parts, pause, agent, uuid_at, seed, as_fork}: bytes that it
+takes on the host; bytes of RAM, screen and devices one after the other; seconds for which the guest stood still;
+whether an agent listened; where the UUID is (plan/rebirth.py); the path of the seed; whether that QEMU had the devices
+of a fork (plan/command.py). A `passing` snapshot names the operation that took it, has no file of its memory, and goes
+when the forks that it was taken for are there.
 """
 
 from __future__ import annotations
@@ -34,13 +36,14 @@ def snapshot_record(
     quiesced: bool = False,
     nvram: bool,
     memory: Mapping[str, Any] | None = None,
+    passing: str = "",
 ) -> dict[str, Any]:
     """The document of a snapshot of `vm` as it is."""
     return {
         "id": snapshot_id, "vm": vm["id"], "name": name, "created": stamp, "note": note, "expires": expires,
         "automatic": automatic, "state": state, "disks": list(vm["disks"]), "parent": vm.get("at"),
         "taken": vm["state"], "quiesced": quiesced, "nvram": nvram,
-        "memory": dict(memory) if memory else None, "disc": vm["disc"], "spec": vm["spec"],
+        "memory": dict(memory) if memory else None, "passing": passing, "disc": vm["disc"], "spec": vm["spec"],
         "identity": vm["identity"], "noticed": False,
     }  # fmt: skip
 

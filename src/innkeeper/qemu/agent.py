@@ -114,6 +114,9 @@ class Agent:
         self._channel = _Channel()
         self.calls = 0
         """Questions asked so far: what a caller wants to keep low."""
+        self.may_ask = asyncio.Event()
+        """Questions wait while it is not set."""
+        self.may_ask.set()
         self.launchers: list[tuple[str, ...]] = [("setsid", "sh"), ("sh",), ()]
         """What `agent_exec` puts before a command, best first; those that this guest turns out to lack are dropped."""
 
@@ -199,6 +202,7 @@ class Agent:
         self.calls += 1
         try:
             async with asyncio.timeout(timeout):
+                await self.may_ask.wait()
                 return await self._channel.execute(command, arguments)
         except TimeoutError as error:
             raise AgentUnavailable(f"the guest agent did not answer {command} within {timeout:g} s") from error

@@ -1,4 +1,8 @@
-"""Device state into a file and out of it, while RAM stays where it is (QEMU: migration capability x-ignore-shared)."""
+"""The state of a guest's devices, out of QEMU and into one, while its RAM goes another way.
+
+`save` is a migration that leaves out RAM which is shared on a file (capability x-ignore-shared); the guest cannot go on
+after it. `snapshot` is of any guest that stands still: it may go on.
+"""
 
 from __future__ import annotations
 
@@ -14,15 +18,17 @@ POLL = 0.002
 """Seconds between two looks at how far it is; all of it takes a few dozen milliseconds."""
 ALLOWED = 60.0
 """Seconds after which it has failed."""
-CAPABILITIES = ("x-ignore-shared", "background-snapshot", "pause-before-switchover", "auto-converge")
-"""Those of QEMU's migration capabilities that Innkeeper uses."""
+_CONFIGURATION, _DESCRIPTION = b"\x07", b"\x06"
+"""Sections of a migration stream (migration/savevm.c: QEMU_VM_CONFIGURATION, QEMU_VM_VMDESCRIPTION)."""
+_HEADER = 8
+"""Bytes before the first section: magic, version."""
 
 
 async def save(monitor: Monitor, path: Path) -> None:
     """Write the state of all devices of a stopped guest to a new file. The guest cannot go on in this QEMU."""
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
     try:
-        await capabilities(monitor, "x-ignore-shared")
+        await _ignore_shared(monitor)
         await monitor.give("state", fd)
     finally:
         os.close(fd)
@@ -30,13 +36,41 @@ async def save(monitor: Monitor, path: Path) -> None:
     await _completed(monitor)
 
 
-async def load(monitor: Monitor, state: bytes) -> None:
-    """Put the state of all devices into a QEMU that waits for it, with the RAM it belongs to."""
+async def snapshot(monitor: Monitor, machine_type: str) -> bytes:
+    """The state of all devices of a guest that stands still. What they have of memory that is not RAM, as a screen's,
+    is not in it. Raises `QmpFailed`.
+
+    QEMU's `xen-save-devices-state` needs no Xen, and writes a migration stream without the sections that tell the
+    machine type and describe the rest; `load` wants those.
+    """
+    fd = os.memfd_create("innkeeper-devices", os.MFD_CLOEXEC)
+    try:
+        handed = os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            fdset = await monitor.add(handed)
+        finally:
+            os.close(handed)
+        try:
+            await monitor.execute("xen-save-devices-state", {"filename": f"/dev/fdset/{fdset}", "live": False})
+        finally:
+            await monitor.execute("remove-fd", {"fdset-id": fdset})
+        state = os.pread(fd, os.fstat(fd).st_size, 0)
+    finally:
+        os.close(fd)
+    name, nothing = machine_type.encode(), b"{}"
+    configuration = _CONFIGURATION + len(name).to_bytes(4, "big") + name
+    return state[:_HEADER] + configuration + state[_HEADER:] + _DESCRIPTION + len(nothing).to_bytes(4, "big") + nothing
+
+
+async def load(monitor: Monitor, state: bytes, *, saved: bool = False) -> None:
+    """Put the state of all devices into a QEMU that waits for it, with the RAM it belongs to. `saved`: it is of `save`,
+    not of `snapshot`."""
     fd = os.memfd_create("innkeeper-devices", os.MFD_CLOEXEC)
     try:
         os.write(fd, state)
         os.lseek(fd, 0, os.SEEK_SET)
-        await capabilities(monitor, "x-ignore-shared")
+        if saved:
+            await _ignore_shared(monitor)
         await monitor.give("state", fd)
     finally:
         os.close(fd)
@@ -44,11 +78,9 @@ async def load(monitor: Monitor, state: bytes) -> None:
     await _completed(monitor)
 
 
-async def capabilities(monitor: Monitor, *wanted: str) -> None:
-    """Have these capabilities, and of those that Innkeeper uses no other: they outlast a migration. Raises `QmpFailed`
-    where QEMU or its host lacks one."""
-    every = [{"capability": name, "state": name in wanted} for name in CAPABILITIES]
-    await monitor.execute("migrate-set-capabilities", {"capabilities": every})
+async def _ignore_shared(monitor: Monitor) -> None:
+    capability = {"capability": "x-ignore-shared", "state": True}
+    await monitor.execute("migrate-set-capabilities", {"capabilities": [capability]})
 
 
 async def _completed(monitor: Monitor) -> None:

@@ -75,11 +75,19 @@ class Monitor:
 
     async def give(self, name: str, fd: int) -> None:
         """Let QEMU have a copy of `fd` under a name, for the one command that uses it (`getfd`)."""
+        self._send(fd)
+        await self.execute("getfd", {"fdname": name})
+
+    async def add(self, fd: int) -> int:
+        """Let QEMU have a copy of `fd` as the file /dev/fdset/N, and give N; `remove-fd` takes it away."""
+        self._send(fd)
+        return int((await self.execute("add-fd"))["fdset-id"])
+
+    def _send(self, fd: int) -> None:
         try:
             self._client.send_fd_scm(fd)
         except (QMPError, OSError) as error:
             raise QmpFailed(f"QEMU did not take a descriptor: {error}") from None
-        await self.execute("getfd", {"fdname": name})
 
     async def events(self) -> AsyncIterator[dict[str, Any]]:
         """Events as QEMU sends them, until the connection ends."""

@@ -22,14 +22,14 @@ NAME = "innkeeper-ram"
 """What the copies are called in a process's maps."""
 SEARCHED = 4 << 20
 """Bytes that are searched before other threads get a turn."""
-_SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
+SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
 
 
 class RamImages:
     """The copies there are, by image id."""
 
     def __init__(self) -> None:
-        self._copies: dict[str, asyncio.Task[int]] = {}
+        self._copies: dict[str, asyncio.Future[int]] = {}
 
     async def get(self, image_id: str, path: Path) -> int:
         """A descriptor of the copy; it stays ours. Raises `NotFound` when the file is gone."""
@@ -41,6 +41,11 @@ class RamImages:
         except OSError as error:
             self._copies.pop(image_id, None)
             raise NotFound(f"{path} cannot be read: {error.strerror}") from None
+
+    def put(self, image_id: str, copy: int) -> None:
+        """Take over a sealed copy that has been made elsewhere."""
+        self._copies[image_id] = done = asyncio.get_running_loop().create_future()
+        done.set_result(copy)
 
     def drop(self, image_id: str) -> None:
         """Let go of a copy; forks that run keep theirs."""
@@ -55,16 +60,12 @@ class RamImages:
 
 
 def _copy(path: Path) -> int:
-    source = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    source = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
     try:
         target = os.memfd_create(NAME, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
-            size = os.fstat(source).st_size
-            os.ftruncate(target, size)
-            for begin, end in extents(source, size):
-                while begin < end:
-                    begin += os.sendfile(target, source, _at(target, begin), min(end - begin, 1 << 26))
-            fcntl.fcntl(target, fcntl.F_ADD_SEALS, _SEALS)
+            copy_sparse(source, target, os.fstat(source).st_size)
+            fcntl.fcntl(target, fcntl.F_ADD_SEALS, SEALS)
             return target
         except BaseException:
             os.close(target)
@@ -73,18 +74,25 @@ def _copy(path: Path) -> int:
         os.close(source)
 
 
-def find_all(path: Path, patterns: Sequence[bytes]) -> list[tuple[int, int]]:
+def copy_sparse(source: int, target: int, size: int) -> None:
+    """What a file holds into an empty one, of `size` bytes then."""
+    os.ftruncate(target, size)
+    for begin, end in extents(source, size):
+        while begin < end:
+            os.lseek(target, begin, os.SEEK_SET)
+            begin += os.sendfile(target, source, begin, min(end - begin, 1 << 26))
+
+
+def find_all(file: int, patterns: Sequence[bytes]) -> list[tuple[int, int]]:
     """(offset, index of the pattern) of every place in captured RAM that holds one of `patterns`."""
-    found = []
-    with path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        with mmap.mmap(file.fileno(), size, prot=mmap.PROT_READ) as ram:
-            for begin, end in extents(file.fileno(), size):
-                for start in range(begin, end, SEARCHED):
-                    for index, pattern in enumerate(patterns):
-                        at, stop = start - 1, min(start + SEARCHED + len(pattern) - 1, size)
-                        while (at := ram.find(pattern, at + 1, stop)) >= 0:
-                            found.append((at, index))
+    found, size = [], os.fstat(file).st_size
+    with mmap.mmap(file, size, prot=mmap.PROT_READ) as ram:
+        for begin, end in extents(file, size):
+            for start in range(begin, end, SEARCHED):
+                for index, pattern in enumerate(patterns):
+                    at, stop = start - 1, min(start + SEARCHED + len(pattern) - 1, size)
+                    while (at := ram.find(pattern, at + 1, stop)) >= 0:
+                        found.append((at, index))
     return sorted(set(found))
 
 
@@ -109,12 +117,8 @@ def overwrite(pid: int, writes: Sequence[tuple[int, bytes]]) -> None:
         raise QemuFailed(f"the memory of process {pid} cannot be written: {error.strerror}") from None
 
 
-def _at(target: int, offset: int) -> int:
-    return os.lseek(target, offset, os.SEEK_SET)
-
-
 def extents(fd: int, size: int) -> list[tuple[int, int]]:
-    """(begin, end) of the parts of a sparse file that hold data (lseek(2), SEEK_DATA)."""
+    """(begin, end) of the parts of a sparse file's first `size` bytes that hold data (lseek(2), SEEK_DATA)."""
     found, at = [], 0
     while at < size:
         try:
@@ -123,6 +127,7 @@ def extents(fd: int, size: int) -> list[tuple[int, int]]:
             if error.errno == errno.ENXIO:
                 break
             raise
-        at = os.lseek(fd, begin, os.SEEK_HOLE)
-        found.append((begin, at))
+        at = min(os.lseek(fd, begin, os.SEEK_HOLE), size)
+        if begin < at:
+            found.append((begin, at))
     return found

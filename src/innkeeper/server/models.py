@@ -146,9 +146,14 @@ class WarmRequest(Model):
 
 
 class ForkRequest(Model):
-    """Running copies of a warm image."""
+    """Running copies of a warm image, or of a VM that runs."""
 
-    image: ImageReference = Field(description="A warm image, or one that has a warm image named after it")
+    source: ImageReference = Field(
+        description="A warm image, or one that has a warm image named after it; where there is none, a VM"
+    )
+    snapshot: Name | None = Field(
+        default=None, description="Of the VM, with memory: what the forks go on from instead of what it does now"
+    )
     names: list[Name] = Field(min_length=1, max_length=1000, description="One fork for each")
     force: bool = Field(default=False, description="Also where the host has too little memory for all of them")
     ttl: float | None = Field(default=None, gt=0, le=31536000, description="Seconds after which a fork is deleted")
@@ -214,8 +219,8 @@ class PruneRequest(Model):
 
 
 class SnapshotView(Open):
-    """`stored_size`: bytes of its own layers, and of memory. `memory`: its size in bytes, how it was saved
-    (`background`, `rounds`, `stopped`) and for how many seconds the guest stood still; null for none. `layers`: of how
+    """`stored_size`: bytes of its own layers, and of memory. `memory`: its size in bytes, and for how
+    many seconds the guest stood still; null for none. `layers`: of how
     many its disks consist. `here`: the present stands on it. A `deleting` one cannot be restored any more."""
 
     id: str

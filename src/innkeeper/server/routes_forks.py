@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 
 from fastapi import APIRouter, Response
 from fastapi.responses import JSONResponse
 
 from innkeeper.base.clock import stamp
-from innkeeper.base.errors import InvalidInput, NameTaken
+from innkeeper.base.errors import ActionRefused, InvalidInput, NameTaken, NotFound
+from innkeeper.operations import fork_of_vm, snapshot_create
+from innkeeper.operations.snapshot_memory import check_fits, check_memory
+from innkeeper.operations.snapshots import check_new, find_snapshot
 from innkeeper.operations.vm_create import arguments
 from innkeeper.operations.vm_fork import find_warm, warm_name
-from innkeeper.server.context import Ctx, accepted
+from innkeeper.server.context import Context, Ctx, accepted
 from innkeeper.server.models import ForkRequest, ForkView, OperationView, WarmRequest
 from innkeeper.server.routes_vms import check
 from innkeeper.spec.vm import VMSpec
 from innkeeper.store.contract import Value
 
 router = APIRouter(prefix="/v1", tags=["forks"])
+LONGEST = 3600.0
+"""Seconds after which a snapshot that was taken for forks goes, whatever has become of them."""
 
 
 @router.post("/images/warm", response_model=OperationView, status_code=202, summary="Make a warm image, to fork")
@@ -43,20 +49,62 @@ async def warm(ctx: Ctx, body: WarmRequest) -> Response:
     return accepted(await ctx.engine.submit("template-warm", target, args))
 
 
-@router.post("/forks", response_model=ForkView, status_code=202, summary="Fork a warm image, once or many times")
+@router.post(
+    "/forks", response_model=ForkView, status_code=202, summary="Fork a warm image or a VM, once or many times"
+)
 async def fork(ctx: Ctx, body: ForkRequest) -> Response:
-    image = await find_warm(ctx.world, body.image)
     if doubled := next((name for name in body.names if body.names.count(name) > 1), None):
         raise InvalidInput(f"{doubled!r} is named twice", field="names")
     for name in body.names:
         if await ctx.world.store.get(f"name/vm/{name}"):
             raise NameTaken(f"there is a VM named {name!r} already", hint="choose another --name", name=name)
-    expires = stamp(datetime.now(UTC) + timedelta(seconds=body.ttl)) if body.ttl else None
-    operations = [await _fork_one(ctx, image, name, body.force, expires) for name in body.names]
-    return JSONResponse({"operations": operations}, status_code=202)
+    vm = await _vm(ctx, body)
+    more: Value = {"force": body.force, "expires": _in(body.ttl) if body.ttl else None}
+    if vm is None:
+        image = await find_warm(ctx.world, body.source)
+        spec = image["warm"]["spec"] | {"image": image["name"]}
+        wishes = [arguments(VMSpec.model_validate(spec | {"name": name}), "vm-fork", **more) for name in body.names]
+    else:
+        wishes = [fork_of_vm.arguments(name, **more) for name in body.names]
+        capture = await (_found if body.snapshot else _capture)(ctx, vm, body)
+        wishes = [wish | capture for wish in wishes]
+    operations = [
+        await ctx.engine.submit("vm-fork", {"kind": "vm", "id": None, "name": name}, wish)
+        for name, wish in zip(body.names, wishes, strict=True)
+    ]
+    return JSONResponse({"operations": [operation["id"] for operation in operations]}, status_code=202)
 
 
-async def _fork_one(ctx: Ctx, image: Value, name: str, force: bool, expires: str | None) -> str:
-    spec = VMSpec.model_validate(image["warm"]["spec"] | {"name": name, "image": image["name"]})
-    args = arguments(spec, "vm-fork", force=force, expires=expires)
-    return str((await ctx.engine.submit("vm-fork", {"kind": "vm", "id": None, "name": name}, args))["id"])
+async def _vm(ctx: Context, body: ForkRequest) -> Value | None:
+    """The VM that is meant; None for an image, which comes first where both have the name."""
+    with suppress(NotFound, ActionRefused):
+        if not body.snapshot:
+            await find_warm(ctx.world, body.source)
+            return None
+    if body.snapshot or await ctx.world.store.get(f"name/vm/{body.source}"):
+        return await ctx.world.find("vm", body.source)
+    return None
+
+
+async def _capture(ctx: Context, vm: Value, body: ForkRequest) -> Value:
+    """All forks of a VM go on from one moment, which is still to come."""
+    vm = await ctx.admitted(vm["id"], "fork")
+    await check_new(ctx.world, vm, None, memory=True)
+    await check_memory(ctx.world, vm, quiesce=False)
+    args = snapshot_create.arguments(expires=_in(LONGEST), memory=True, passing=True)
+    target = {"kind": "vm", "id": vm["id"], "name": vm["name"]}
+    return {"capture": (await ctx.engine.submit("snapshot-create", target, args, hold=f"vm/{vm['id']}"))["id"]}
+
+
+async def _found(ctx: Context, vm: Value, body: ForkRequest) -> Value:
+    snapshot = await find_snapshot(ctx.world, vm, str(body.snapshot))
+    if not snapshot["memory"] or snapshot["state"] != "whole":
+        raise ActionRefused(
+            f"snapshot {snapshot['name']} has no memory to go on from", hint="inn snapshot create --memory takes one"
+        )
+    await check_fits(ctx.world, snapshot)
+    return {"snapshot": snapshot["id"]}
+
+
+def _in(seconds: float) -> str:
+    return stamp(datetime.now(UTC) + timedelta(seconds=seconds))

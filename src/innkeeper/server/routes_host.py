@@ -16,7 +16,6 @@ from pydantic import JsonValue
 from innkeeper import __version__
 from innkeeper.host.usage import used_by
 from innkeeper.machine.states import LIVE
-from innkeeper.qemu.saving import how_memory_is_saved
 from innkeeper.server.context import Ctx, accepted
 from innkeeper.server.models import EventView, OperationView, VersionView
 
@@ -55,8 +54,7 @@ async def host(ctx: Ctx) -> Response:
         "vms": len(vms),
         "vms_running": len(live),
     }
-    saving = await how_memory_is_saved(facts.qemu.path, facts.accelerator.name) if facts.qemu else None
-    return JSONResponse(facts.model_dump(mode="json") | {"capacity": capacity, "memory_saving": saving})
+    return JSONResponse(facts.model_dump(mode="json") | {"capacity": capacity})
 
 
 @router.get("/operations", response_model=list[OperationView], summary="Operations, newest first")

@@ -11,6 +11,7 @@ from fastapi.responses import JSONResponse
 from innkeeper.base.clock import now, stamp
 from innkeeper.base.errors import ActionRefused, InvalidInput
 from innkeeper.operations.chains import layer_path
+from innkeeper.operations.snapshot_create import arguments
 from innkeeper.operations.snapshot_memory import check_fits, check_memory
 from innkeeper.operations.snapshots import all_layers, check_new, find_snapshot, snapshots_of
 from innkeeper.plan.snapshot import MOST_LAYERS, lineage
@@ -40,19 +41,19 @@ async def list_snapshots(ctx: Ctx, vm: VMName) -> Response:
         "most_layers": MOST_LAYERS,
         "stored_size": sum(_stored(ctx, layers[top]) for top in found["disks"]),
     }
-    return JSONResponse({"snapshots": [_view(ctx, found, s, snapshots, layers) for s in snapshots], "present": present})
+    shown = [_view(ctx, found, s, snapshots, layers) for s in snapshots if not s["passing"]]
+    return JSONResponse({"snapshots": shown, "present": present})
 
 
 @router.post("/snapshots", response_model=OperationView, status_code=202, summary="Take a snapshot of all disks")
 async def create_snapshot(ctx: Ctx, vm: VMName, body: SnapshotRequest) -> Response:
     found = await ctx.admitted(vm, "snapshot")
-    await check_new(ctx.world, found, body.name)
+    await check_new(ctx.world, found, body.name, memory=body.memory)
     if body.memory:
         await check_memory(ctx.world, found, quiesce=body.quiesce)
-    args = {
-        "name": body.name, "note": body.note, "quiesce": body.quiesce, "memory": body.memory,
-        "expires": _expires(body.ttl),
-    }  # fmt: skip
+    args = arguments(
+        name=body.name, note=body.note, expires=_expires(body.ttl), quiesce=body.quiesce, memory=body.memory
+    )
     return await _submit(ctx, "snapshot-create", found, args)
 
 
@@ -138,7 +139,7 @@ def _view(ctx: Context, vm: Value, snapshot: Value, every: list[Value], layers: 
         "parent": next((s["name"] for s in every if s["id"] == snapshot["parent"]), None),
         "here": vm.get("at") == snapshot["id"],
         "stored_size": sum(_stored(ctx, layer) for layer in own) + (memory or {}).get("size", 0),
-        "memory": {key: memory[key] for key in ("size", "how", "pause")} if memory else None,
+        "memory": {key: memory[key] for key in ("size", "pause")} if memory else None,
         "layers": max((len(lineage(layers, layer["id"])) for layer in own), default=0),
         "nvram": snapshot["nvram"],
     }

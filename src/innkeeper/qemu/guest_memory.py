@@ -1,0 +1,230 @@
+"""A guest's memory, read and written from outside its QEMU: process_vm_readv(2), proc(5) «pagemap».
+
+A copy of a running guest's memory is made twice: while it runs, which takes as long as it takes and leaves the host
+with pages for all of it, and once more while it stands still, which takes some 0.1 s for each GiB in use. QEMU's own
+ways are slower (its migration stream has one thread, and looks at each page), need a privilege (userfaultfd(2)), or
+cannot be relied upon: under software emulation QEMU before 9.0 loses track of some of what a guest writes (fixed by
+«physmem: Fix migration dirty bitmap coherency with TCG memory access»).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import errno
+import fcntl
+import mmap
+import os
+import re
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from innkeeper.base.errors import QemuFailed
+from innkeeper.base.units import MIB
+from innkeeper.qemu.monitor import Monitor
+from innkeeper.qemu.ram import NAME, SEALS, copy_sparse, extents
+
+UNIT = 2 * MIB
+"""Bytes that are looked at, and copied, together."""
+PAGE = mmap.PAGESIZE
+WORKERS = 2
+"""Threads that copy: two are as fast as the memory of most hosts."""
+REPORT_EVERY = 0.2
+_IN_USE = bytes(int(flags >= 0x40) for flags in range(256))
+"""The highest byte of an entry in a pagemap → 1 if bit 63 or 62 is set: the page is in RAM, or in swap."""
+
+Progress = Callable[[float | None], None]
+
+
+@dataclass(frozen=True)
+class Region:
+    """`size` bytes of QEMU's address space."""
+
+    address: int
+    size: int
+
+
+async def regions(monitor: Monitor, memory: int) -> list[Region]:
+    """Where the guest's RAM of `memory` bytes is, and what its screen shows. Raises `QmpFailed`, `QemuFailed`."""
+    ram = await _host_address(monitor, 0)
+    if ram is None:
+        raise QemuFailed("QEMU does not say where the guest's memory is")
+    found = [Region(ram, memory)]
+    for bus in await monitor.execute("query-pci"):
+        for device in bus["devices"]:
+            for bar in device["regions"] if device["qdev_id"] == "vga" else ():
+                screen = await _host_address(monitor, bar["address"]) if bar["bar"] == 0 else None
+                if screen is not None:
+                    found.append(Region(screen, bar["size"]))
+    return found
+
+
+async def _host_address(monitor: Monitor, guest: int) -> int | None:
+    command = {"command-line": f"gpa2hva {guest:#x}"}
+    answer = await monitor.execute("human-monitor-command", command)
+    match = re.search(r"\((?:ram|.*vga\.vram)\) is (0x[0-9a-f]+)", answer)
+    return int(match[1], 16) if match else None
+
+
+class Copy:
+    """What regions of a QEMU hold, one after the other, in a memfd: sparse as they are."""
+
+    def __init__(self, pid: int, of: Sequence[Region]) -> None:
+        self._pid, self._regions = pid, of
+        self._units: set[int] = set()
+        self.size = sum(region.size for region in of)
+        self.fd = os.memfd_create(NAME, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        os.ftruncate(self.fd, self.size)
+        self._map: mmap.mmap | None = mmap.mmap(self.fd, self.size)
+
+    async def take(self, progress: Progress) -> None:
+        """As it is now: what the guest has given back since the last time reads as zeros. Raises `QemuFailed`."""
+        assert self._map is not None
+        todo, units, offset = [], set(), 0
+        for region in self._regions:
+            for begin, end in in_use(self._pid, region):
+                for at in range(begin, end, UNIT):
+                    units.add(offset + at)
+                    todo.append((offset + at, region.address + at, min(UNIT, end - at)))
+            offset += region.size
+        await _move(_libc.process_vm_readv, self._pid, self._map, todo, progress)
+        for gone in self._units - units:
+            self._map.madvise(mmap.MADV_REMOVE, gone, min(UNIT, self.size - gone))
+        self._units = units
+
+    def append(self, data: bytes) -> None:
+        """Put `data` behind it; no `take` after that."""
+        os.pwrite(self.fd, data, self.size)
+        self.size += len(data)
+
+    def seal(self) -> int:
+        """A descriptor of the copy, which nobody can change any more."""
+        self._unmap()
+        fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, SEALS)
+        return os.dup(self.fd)
+
+    def write(self, target: int) -> None:
+        """Into a file, which is on the host's disk then."""
+        copy_sparse(self.fd, target, self.size)
+        os.fsync(target)
+
+    def _unmap(self) -> None:
+        if self._map is not None:
+            self._map.close()
+            self._map = None
+
+    def close(self) -> None:
+        """Let go of it, unless it is sealed and in use elsewhere."""
+        self._unmap()
+        os.close(self.fd)
+
+
+async def put(pid: int, region: Region, file: int, offset: int, progress: Progress = lambda fraction: None) -> None:
+    """Have a region of a QEMU, which is all zeros, hold what the file has from `offset` on. Raises `QemuFailed`."""
+    todo = [
+        (at, region.address + at - offset, min(UNIT, end - at))
+        for begin, end in extents(file, offset + region.size)
+        for at in range(max(begin, offset), end, UNIT)
+    ]
+    with mmap.mmap(file, offset + region.size, access=mmap.ACCESS_COPY) as source:
+        await _move(_libc.process_vm_writev, pid, source, todo, progress)
+
+
+def in_use(pid: int, region: Region) -> Iterator[tuple[int, int]]:
+    """(begin, end) in the region, of what it holds: pages of its own, and those of the file that it maps."""
+    try:
+        flags = bytearray(_pagemap(pid, region))
+        for begin, end in _of_file(pid, region):
+            flags[begin // PAGE : -(-end // PAGE)] = b"\x01" * (-(-end // PAGE) - begin // PAGE)
+    except OSError as error:
+        raise _failed(pid, "pagemap", error.errno or 0) from None
+    step = UNIT // PAGE
+    for first in range(0, region.size // PAGE, step):
+        if flags.find(b"\x01", first, first + step) >= 0:
+            yield first * PAGE, min((first + step) * PAGE, region.size)
+
+
+def _pagemap(pid: int, region: Region) -> bytes:
+    """A byte for each page: whether it is in use."""
+    with open(f"/proc/{pid}/pagemap", "rb", buffering=0) as file:  # noqa: PTH123 - a hot little read
+        file.seek(region.address // PAGE * 8)
+        entries, wanted = b"", region.size // PAGE * 8
+        while len(entries) < wanted and (more := file.read(wanted - len(entries))):
+            entries += more
+    return entries[7::8].translate(_IN_USE)
+
+
+def _of_file(pid: int, region: Region) -> list[tuple[int, int]]:
+    """What the file that is mapped there holds, as a fork's RAM: pages that it never touched are not its own."""
+    with open(f"/proc/{pid}/maps") as maps:  # noqa: PTH123 - a hot little read
+        for line in maps:
+            addresses, _, offset, _, inode, *name = line.split()
+            begin, end = (int(each, 16) for each in addresses.split("-"))
+            if begin <= region.address < end:
+                break
+        else:
+            return []
+    if inode == "0" or not name or int(offset, 16) != 0 or begin != region.address:
+        return []
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(FileNotFoundError):  # QEMU has closed it
+            if str(link.readlink()) == " ".join(name) and str(link.stat().st_ino) == inode:
+                with link.open("rb") as file:
+                    return extents(file.fileno(), region.size)
+    return []
+
+
+class _Vector(ctypes.Structure):
+    """`struct iovec` (process_vm_readv(2))."""
+
+    _fields_ = (("base", ctypes.c_void_p), ("length", ctypes.c_size_t))
+
+
+_libc = ctypes.CDLL(None, use_errno=True)
+for _call in (_libc.process_vm_readv, _libc.process_vm_writev):
+    _vectors = ctypes.POINTER(_Vector), ctypes.c_ulong
+    _call.argtypes = [ctypes.c_int, *_vectors, *_vectors, ctypes.c_ulong]
+    _call.restype = ctypes.c_ssize_t
+
+
+async def _move(
+    call: Callable[..., int], pid: int, ours: mmap.mmap, todo: list[tuple[int, int, int]], progress: Progress
+) -> None:
+    """`todo`: (offset in `ours`, address in the process, length)."""
+    base = ctypes.addressof(ctypes.c_char.from_buffer(ours))
+    left = deque(todo)
+
+    def work() -> None:
+        while left:
+            try:
+                offset, address, length = left.popleft()
+            except IndexError:
+                return
+            while length:
+                mine, its = _Vector(base + offset, length), _Vector(address, length)
+                moved = call(pid, mine, 1, its, 1, 0)
+                if moved <= 0:
+                    left.clear()
+                    raise _failed(pid, call.__name__, ctypes.get_errno())
+                offset, address, length = offset + moved, address + moved, length - moved
+
+    working = {asyncio.ensure_future(asyncio.to_thread(work)) for _ in range(WORKERS)}
+    try:
+        running = working
+        while running:
+            _, running = await asyncio.wait(running, timeout=REPORT_EVERY)
+            progress(1 - len(left) / len(todo) if todo else None)
+    except asyncio.CancelledError:
+        left.clear()
+        await asyncio.wait(working)  # they must not write to what is gone
+        raise
+    for each in working:
+        each.result()
+
+
+def _failed(pid: int, what: str, code: int) -> QemuFailed:
+    hint = "sysctl kernel.yama.ptrace_scope=0 allows it" if code in (errno.EPERM, errno.EACCES) else ""
+    return QemuFailed(f"the memory of process {pid} cannot be used ({what}): {os.strerror(code)}", hint=hint)
