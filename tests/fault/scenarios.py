@@ -30,6 +30,8 @@ class Scenario:
     whole: Callable[[House], None]
     before: Callable[[House], None]
     prepare: Callable[[House], object] = lambda house: None
+    lost: str = ""
+    """Code of the error with which it may fail where a daemon died."""
 
 
 @cache
@@ -161,7 +163,7 @@ def not_replaced(house: House) -> None:
 
 # --- forks ---
 
-WARM, FORK = f"{NAME}-warm", f"{NAME}-fork"
+WARM, FORK = f"{NAME}-warm", "fork"
 
 
 def warm(inn: Innkeeper) -> Operation:
@@ -415,7 +417,7 @@ SCENARIOS: dict[str, Scenario] = {
     "template-create": Scenario(seal, sealed, not_sealed, have_snapshots(have_used_disks)),
     "template-warm": Scenario(warm, warmed, not_warmed, have_image),
     "vm-fork": Scenario(lambda inn: inn.forks(WARM, [NAME])[0], state("running"), gone, have_warm),
-    "vm-fork, of a VM": Scenario(fork_vm, forked, not_forked, run_uefi),
+    "vm-fork, of a VM": Scenario(fork_vm, forked, not_forked, run_uefi, lost="action-refused"),
     "vm-create": Scenario(lambda inn: inn.create(spec(), start=False), state("stopped"), gone),
     "vm-launch": Scenario(lambda inn: inn.create(spec(), ready=False), state("running"), gone),
     "vm-clone": Scenario(clone(), cloned(1, 1), not_cloned(1), run_uefi),

@@ -135,7 +135,10 @@ async def _start(ctx: Context, vm: Value) -> None:
 
 async def _go_on(world: World, vm: Value, planned: Plan) -> None:
     found = await captured(world, vm["going_on"])
-    ram = await world.ram.get(found.id, found.ram)
+    try:
+        ram = await world.ram.get(found.id, found.ram)
+    except NotFound as error:  # of a passing snapshot there is only what a daemon before this one had
+        raise ActionRefused(f"the memory that {vm['name']} was to go on from is gone: {error.detail}") from None
     nics = list(zip(found.macs, vm["identity"]["macs"], strict=True))
     state, new = state_with(found.state(ram), nics), forms(vm["identity"]["uuid"])
 
