@@ -151,8 +151,9 @@ def _ram(size: int, memory: Memory) -> list[Option]:
     if memory == "captured":
         shared = {"size": size, "share": True, "mem-path": "ram"}
         return [Option("-object", {"qom-type": "memory-backend-file", "id": "ram", **shared})]
-    # Private memory: KSM and huge pages work on it.
-    return [Option("-object", {"qom-type": "memory-backend-memfd", "id": "ram", "size": size, "share": False})]
+    # Anonymous and private: KSM and huge pages work on it. A private mapping of a memfd would cost the host each page
+    # twice, once in the memfd.
+    return [Option("-object", {"qom-type": "memory-backend-ram", "id": "ram", "size": size, "share": False})]
 
 
 def _control() -> list[Option]:

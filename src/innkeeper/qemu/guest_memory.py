@@ -17,7 +17,7 @@ import mmap
 import os
 import re
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,9 +27,9 @@ from innkeeper.base.units import MIB
 from innkeeper.qemu.monitor import Monitor
 from innkeeper.qemu.ram import NAME, SEALS, copy_sparse, extents
 
-UNIT = 2 * MIB
-"""Bytes that are looked at, and copied, together."""
 PAGE = mmap.PAGESIZE
+MOST = 2 * MIB
+"""Bytes that are copied at once: between two, a cancel is seen."""
 WORKERS = 2
 """Threads that copy: two are as fast as the memory of most hosts."""
 REPORT_EVERY = 0.2
@@ -74,7 +74,7 @@ class Copy:
 
     def __init__(self, pid: int, of: Sequence[Region]) -> None:
         self._pid, self._regions = pid, of
-        self._units: set[int] = set()
+        self._had = b""
         self.size = sum(region.size for region in of)
         self.fd = os.memfd_create(NAME, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         os.ftruncate(self.fd, self.size)
@@ -83,17 +83,16 @@ class Copy:
     async def take(self, progress: Progress) -> None:
         """As it is now: what the guest has given back since the last time reads as zeros. Raises `QemuFailed`."""
         assert self._map is not None
-        todo, units, offset = [], set(), 0
+        todo, has, offset = [], b"", 0
         for region in self._regions:
-            for begin, end in in_use(self._pid, region):
-                for at in range(begin, end, UNIT):
-                    units.add(offset + at)
-                    todo.append((offset + at, region.address + at, min(UNIT, end - at)))
-            offset += region.size
+            pages = in_use(self._pid, region)
+            todo += [(offset + at, region.address + at, length) for at, length in _pieces(_runs(pages))]
+            has, offset = has + pages, offset + region.size
         await _move(_libc.process_vm_readv, self._pid, self._map, todo, progress)
-        for gone in self._units - units:
-            self._map.madvise(mmap.MADV_REMOVE, gone, min(UNIT, self.size - gone))
-        self._units = units
+        gone = int.from_bytes(self._had, "big") & ~int.from_bytes(has, "big")
+        for begin, end in _runs(gone.to_bytes(len(has), "big")):
+            self._map.madvise(mmap.MADV_REMOVE, begin, end - begin)
+        self._had = has
 
     def append(self, data: bytes) -> None:
         """Put `data` behind it; no `take` after that."""
@@ -124,31 +123,41 @@ class Copy:
 
 async def put(pid: int, region: Region, file: int, offset: int, progress: Progress = lambda fraction: None) -> None:
     """Have a region of a QEMU, which is all zeros, hold what the file has from `offset` on. Raises `QemuFailed`."""
-    todo = [
-        (at, region.address + at - offset, min(UNIT, end - at))
-        for begin, end in extents(file, offset + region.size)
-        for at in range(max(begin, offset), end, UNIT)
-    ]
+    held = [(max(begin, offset), end) for begin, end in extents(file, offset + region.size)]
+    todo = [(at, region.address + at - offset, length) for at, length in _pieces(held)]
     with mmap.mmap(file, offset + region.size, access=mmap.ACCESS_COPY) as source:
         await _move(_libc.process_vm_writev, pid, source, todo, progress)
 
 
-def in_use(pid: int, region: Region) -> Iterator[tuple[int, int]]:
-    """(begin, end) in the region, of what it holds: pages of its own, and those of the file that it maps."""
+def in_use(pid: int, region: Region) -> bytes:
+    """A byte for each page of the region: 1 for those that it has of its own, or of a file that it maps. The others are
+    all zeros, and reading them would make the host provide them. Raises `QemuFailed`."""
     try:
         flags = bytearray(_pagemap(pid, region))
         for begin, end in _of_file(pid, region):
-            flags[begin // PAGE : -(-end // PAGE)] = b"\x01" * (-(-end // PAGE) - begin // PAGE)
+            pages = range(begin // PAGE, -(-end // PAGE))
+            flags[pages.start : pages.stop] = b"\x01" * len(pages)
     except OSError as error:
         raise _failed(pid, "pagemap", error.errno or 0) from None
-    step = UNIT // PAGE
-    for first in range(0, region.size // PAGE, step):
-        if flags.find(b"\x01", first, first + step) >= 0:
-            yield first * PAGE, min((first + step) * PAGE, region.size)
+    return bytes(flags)
+
+
+def _runs(flags: bytes) -> Iterator[tuple[int, int]]:
+    """(begin, end) in bytes of pages one after the other that are 1."""
+    end = 0
+    while (begin := flags.find(b"\x01", end)) >= 0:
+        end = flags.find(b"\x00", begin)
+        end = len(flags) if end < 0 else end
+        yield begin * PAGE, end * PAGE
+
+
+def _pieces(runs: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """(begin, length), each at most `MOST` bytes."""
+    return [(at, min(MOST, end - at)) for begin, end in runs for at in range(begin, end, MOST)]
 
 
 def _pagemap(pid: int, region: Region) -> bytes:
-    """A byte for each page: whether it is in use."""
+    """A byte for each page: whether it is in the process's page table."""
     with open(f"/proc/{pid}/pagemap", "rb", buffering=0) as file:  # noqa: PTH123 - a hot little read
         file.seek(region.address // PAGE * 8)
         entries, wanted = b"", region.size // PAGE * 8
