@@ -1,11 +1,10 @@
 """A snapshot with memory of a guest of 1 GiB that is busy writing memory: for how long it stands still, and libvirt's
 `virsh snapshot-create-as --live --memspec` of the same guest. In turn, in one run, as root.
 
-    .venv/bin/python bench/snapshot_memory.py [RUNS] [--background]
+    .venv/bin/python bench/snapshot_memory.py [RUNS]
 
 A guest's own clock stands still with it, so the host watches: the guest prints without a pause to its serial console,
 and what counts is the longest time in which its log does not grow, from just before the snapshot until just after it.
-`--background` lets QEMU use userfaultfd(2) for the length of the run (vm.unprivileged_userfaultfd, put back after it).
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -25,7 +23,6 @@ from pathlib import Path
 from common import median, running_daemon, say
 
 RUNS = next((int(word) for word in sys.argv[1:] if word.isdigit()), 10)
-ALLOW = Path("/proc/sys/vm/unprivileged_userfaultfd")
 BUSY = "while :; do dd if=/dev/zero of=/run/busy bs=1M count=400 conv=notrunc 2>/dev/null; done"
 TICK = "exec >/dev/ttyS0; while :; do echo .; done"
 NAME = "innkeeper-bench"
@@ -62,17 +59,6 @@ class Watch:
             if now != size:
                 size, since = now, at
             time.sleep(0.001)
-
-
-@contextlib.contextmanager
-def userfaultfd(allowed: bool) -> Iterator[None]:
-    before = ALLOW.read_text()
-    try:
-        if allowed:
-            ALLOW.write_text("1")
-        yield
-    finally:
-        ALLOW.write_text(before)
 
 
 @contextlib.contextmanager
@@ -147,9 +133,7 @@ class Theirs:
 
 
 def main() -> None:
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what was changed is put back, also then
-    background = "--background" in sys.argv
-    with userfaultfd(background), running_daemon("tiny") as daemon, contextlib.ExitStack() as stack:
+    with running_daemon("tiny") as daemon, contextlib.ExitStack() as stack:
         host = daemon.inn.host()
         print(
             f"accelerator: {host['accelerator']['name']}, {host['cpu']['threads']} CPUs, QEMU {host['qemu']['version']}"
@@ -171,7 +155,6 @@ def main() -> None:
 
 def measure(ours, log: Path, theirs: Theirs) -> None:
     pauses: dict[str, list[float]] = {"nothing": [], "ours": [], "said": [], "theirs": []}
-    how = ""
     for _ in range(RUNS):
         virsh("suspend", NAME)
         time.sleep(1)
@@ -182,7 +165,6 @@ def measure(ours, log: Path, theirs: Theirs) -> None:
             found = ours.snapshots.create(memory=True).wait().result
         pauses["ours"].append(watch.longest)
         pauses["said"].append(found["memory"]["pause"])
-        how = found["memory"]["how"]
         ours.snapshots.delete(found["snapshot"]).wait()
         ours.pause()
         virsh("resume", NAME)
@@ -192,7 +174,7 @@ def measure(ours, log: Path, theirs: Theirs) -> None:
         pauses["theirs"].append(watch.longest)
         ours.resume()
     shown = {name: f"{median(found) * 1000:.0f} ms" for name, found in pauses.items()}
-    print(f"saved by: {how}; QEMU itself says {shown['said']}; without any snapshot: {shown['nothing']}")
+    print(f"QEMU itself says {shown['said']}; without any snapshot: {shown['nothing']}")
     print({name: [round(value * 1000) for value in found] for name, found in pauses.items()})
     say(
         "a guest of 1 GiB stands still for",

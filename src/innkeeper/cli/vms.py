@@ -118,7 +118,7 @@ def _page(vm: dict[str, Any], ssh: bool) -> list[tuple[str, Any]]:
         rows.append(("Below", [", ".join(vm["linked_clones"]), ("  linked clones, which stand on its disks", "dim")]))
     if vm.get("cloned_from"):
         linked = "linked: it stands on disks of " + ", ".join(vm["linked_to"]) if vm.get("linked_to") else "full"
-        rows.append(("Clone of", [vm["cloned_from"], (f"  {linked}", "dim")]))
+        rows.append(("Fork of" if vm.get("forked") else "Clone of", [vm["cloned_from"], (f"  {linked}", "dim")]))
     rows += _network(vm, spec, ssh)
     rows += [
         ("Disc", vm.get("disc") or (f"{spec['iso']}, ejected" if spec.get("iso") else "")),

@@ -39,7 +39,8 @@ class VMViews:
         return view | {
             "disks": self._disks(vm),
             "memory_used": used._asdict() if used else None,
-            "snapshots": len(snapshots),
+            "snapshots": sum(not snapshot.value["passing"] for snapshot in snapshots),
+            "forked": vm["forked"],
             "cloned_from": (vm.get("cloned_from") or {}).get("name"),
             "linked_to": await linked_to(self._world, vm),
             "linked_clones": await clones_of(self._world, vm["id"]),
