@@ -379,7 +379,7 @@ class Machine:
             if agent is not None:
                 agent.may_ask.clear()
             try:
-                await copy.take(lambda fraction: None)
+                await copy.take(None)
                 return await migration.snapshot(self.monitor, machine_type)
             finally:
                 if agent is not None:

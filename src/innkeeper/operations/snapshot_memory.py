@@ -8,11 +8,11 @@ the next: then there is no snapshot.
 
 from __future__ import annotations
 
-import asyncio
 import os
 import time
 import uuid
 from collections.abc import Awaitable, Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from innkeeper.operations.world import World
 from innkeeper.plan.identity import misfit
 from innkeeper.plan.rebirth import forms
 from innkeeper.plan.snapshot import machine_then
-from innkeeper.qemu.guest_memory import Copy
+from innkeeper.qemu.guest_memory import Copy, gently
 from innkeeper.qemu.ram import find_all
 from innkeeper.spec.vm import VMSpec
 from innkeeper.store.contract import Value
@@ -89,12 +89,12 @@ async def capture(ctx: Context, vm: Value, machine: Machine, freeze: Deed) -> No
         parts = [size, copy.size - size, len(devices)]
         copy.append(devices)
         ctx.report(None, "looking through its memory")
-        uuid_at = await asyncio.to_thread(find_all, copy.fd, forms(vm["identity"]["uuid"]))
+        uuid_at = await gently(partial(find_all, copy.fd, forms(vm["identity"]["uuid"])))
         if ctx.args["passing"]:
             world.ram.put(snapshot, copy.seal())
         else:
             ctx.report(None, "writing memory")
-            await asyncio.to_thread(_write, copy, memory_path(world, vm["id"], snapshot))
+            await gently(partial(_write, copy, memory_path(world, vm["id"], snapshot)))
         stored = os.fstat(copy.fd).st_blocks * 512
     finally:
         copy.close()

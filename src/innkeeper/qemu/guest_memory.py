@@ -16,11 +16,14 @@ import fcntl
 import mmap
 import os
 import re
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from innkeeper.base.errors import QemuFailed
 from innkeeper.base.units import MIB
@@ -33,10 +36,13 @@ MOST = 2 * MIB
 WORKERS = 2
 """Threads that copy: two are as fast as the memory of most hosts."""
 REPORT_EVERY = 0.2
+LAST = 19
+"""The lowest priority there is (setpriority(2)); on Linux each thread has one."""
 _IN_USE = bytes(int(flags >= 0x40) for flags in range(256))
 """The highest byte of an entry in a pagemap → 1 if bit 63 or 62 is set: the page is in RAM, or in swap."""
 
 Progress = Callable[[float | None], None]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -80,8 +86,9 @@ class Copy:
         os.ftruncate(self.fd, self.size)
         self._map: mmap.mmap | None = mmap.mmap(self.fd, self.size)
 
-    async def take(self, progress: Progress) -> None:
-        """As it is now: what the guest has given back since the last time reads as zeros. Raises `QemuFailed`."""
+    async def take(self, progress: Progress | None) -> None:
+        """As it is now: what the guest has given back since the last time reads as zeros. With `progress` the guest
+        runs meanwhile, and goes first; else it waits. Raises `QemuFailed`."""
         assert self._map is not None
         todo, has, offset = [], b"", 0
         for region in self._regions:
@@ -121,7 +128,7 @@ class Copy:
         os.close(self.fd)
 
 
-async def put(pid: int, region: Region, file: int, offset: int, progress: Progress = lambda fraction: None) -> None:
+async def put(pid: int, region: Region, file: int, offset: int, progress: Progress | None = None) -> None:
     """Have a region of a QEMU, which is all zeros, hold what the file has from `offset` on. Raises `QemuFailed`."""
     held = [(max(begin, offset), end) for begin, end in extents(file, offset + region.size)]
     todo = [(at, region.address + at - offset, length) for at, length in _pieces(held)]
@@ -200,7 +207,7 @@ for _call in (_libc.process_vm_readv, _libc.process_vm_writev):
 
 
 async def _move(
-    call: Callable[..., int], pid: int, ours: mmap.mmap, todo: list[tuple[int, int, int]], progress: Progress
+    call: Callable[..., int], pid: int, ours: mmap.mmap, todo: list[tuple[int, int, int]], progress: Progress | None
 ) -> None:
     """`todo`: (offset in `ours`, address in the process, length)."""
     base = ctypes.addressof(ctypes.c_char.from_buffer(ours))
@@ -220,18 +227,36 @@ async def _move(
                     raise _failed(pid, call.__name__, ctypes.get_errno())
                 offset, address, length = offset + moved, address + moved, length - moved
 
-    working = {asyncio.ensure_future(asyncio.to_thread(work)) for _ in range(WORKERS)}
+    working = {asyncio.ensure_future((gently if progress else asyncio.to_thread)(work)) for _ in range(WORKERS)}
     try:
         running = working
         while running:
             _, running = await asyncio.wait(running, timeout=REPORT_EVERY)
-            progress(1 - len(left) / len(todo) if todo else None)
+            if progress and todo:
+                progress(1 - len(left) / len(todo))
     except asyncio.CancelledError:
         left.clear()
         await asyncio.wait(working)  # they must not write to what is gone
         raise
     for each in working:
         each.result()
+
+
+async def gently(work: Callable[[], T]) -> T:
+    """In a thread of its own, which takes only the CPU time that nobody else wants: guests run beside it."""
+
+    def step_back() -> None:
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LAST)
+
+    thread = ThreadPoolExecutor(1, initializer=step_back)
+    working = asyncio.get_running_loop().run_in_executor(thread, work)
+    try:
+        return await asyncio.shield(working)
+    except asyncio.CancelledError:
+        await asyncio.wait({working})  # what it works on is about to be closed
+        raise
+    finally:
+        thread.shutdown(wait=False)
 
 
 def _failed(pid: int, what: str, code: int) -> QemuFailed:
