@@ -9,6 +9,7 @@ the next: then there is no snapshot.
 from __future__ import annotations
 
 import os
+import secrets
 import time
 import uuid
 from collections.abc import Awaitable, Callable
@@ -26,8 +27,9 @@ from innkeeper.operations.vm_create import check_room, claim_ports
 from innkeeper.operations.vm_start import resident
 from innkeeper.operations.world import World
 from innkeeper.plan.identity import misfit
-from innkeeper.plan.rebirth import forms
+from innkeeper.plan.rebirth import forms, reseed, understood
 from innkeeper.plan.snapshot import machine_then
+from innkeeper.qemu.agent_exec import capture as run_in_guest
 from innkeeper.qemu.guest_memory import Copy, gently
 from innkeeper.qemu.ram import find_all
 from innkeeper.spec.vm import VMSpec
@@ -173,8 +175,9 @@ async def give_back(ctx: Context) -> None:
         await store.transact({key: None for key in mine if key not in wanted})
 
 
-async def set_clock(ctx: Context) -> None:
-    """The guest's clock stands at the moment of the snapshot; its agent sets it, where it has one."""
+async def catch_up(ctx: Context) -> None:
+    """The guest's clock stands at the moment of the snapshot, and its random numbers come as they did then; its agent
+    mends that, where it has one."""
     saved: dict[str, Any] | None = ctx.data.get("memory")
     machine = ctx.world.machines.get(ctx.target["id"])
     if not saved or machine is None or ctx.args.get("paused"):
@@ -185,9 +188,13 @@ async def set_clock(ctx: Context) -> None:
         try:
             async with machine.agent() as agent:
                 await agent.set_time(time.time_ns())
+                script = reseed(secrets.token_bytes(64)).encode()
+                _, said, _ = await run_in_guest(agent, ["/bin/sh", "-s"], stdin=script, timeout=AGENT_BACK)
+            notes, _ = understood(said.decode(errors="replace"))
+            ctx.result["warnings"] = [*ctx.result.get("warnings", []), *notes]
             return
         except (AgentUnavailable, AgentFailed) as error:
             why = error.detail
-    text = f"the guest's clock is that of the snapshot until the guest sets it: {why}"
+    text = f"the guest's clock is that of the snapshot until the guest sets it, and so may be its random numbers: {why}"
     if text not in (warnings := ctx.result.setdefault("warnings", [])):
         warnings.append(text)

@@ -12,7 +12,7 @@ from innkeeper.base.ids import new_id
 from innkeeper.operations import snapshot_delete, vm_start
 from innkeeper.operations.consolidate import abandon, consolidate
 from innkeeper.operations.engine import Context, Step, Verb
-from innkeeper.operations.snapshot_memory import check_fits, give_back, set_back, set_clock
+from innkeeper.operations.snapshot_memory import catch_up, check_fits, give_back, set_back
 from innkeeper.operations.snapshots import (
     add_layers,
     drop_layers,
@@ -170,7 +170,7 @@ STEPS = (
     Step("prepare", prepare, unprepare),
     Step("switch", switch, unswitch),
     *(_and_start(step) for step in vm_start.STEPS),
-    Step("set-clock", set_clock),
+    Step("catch-up", catch_up),
     Step("tell", tell, keep=True),
     Step("drop-present", drop_present, abandon, keep=True),
     Step("forget-present", forget_present, keep=True),

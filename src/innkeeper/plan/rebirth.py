@@ -152,18 +152,24 @@ def _line(text: str) -> bytes:
     return f"{text.strip()}\n".encode()
 
 
-def shell_script(who: Rebirth) -> str:
-    """For `sh`, as root; what it prints is a complaint, unless it is a `NOTE`, or `DONE` at the end. Steps that do not
-    apply to the guest are left out by it. Only what the shell has built in is used wherever that is possible."""
-    noise = "".join(f"\\{byte:03o}" for byte in who.seed)
-    macs = "".join(f"{old}) new={new};; " for old, new in who.nics)
+def reseed(seed: bytes) -> str:
+    """For `sh`, as root: random numbers that nobody has had before, also where the kernel has no driver for vmgenid."""
+    noise = "".join(f"\\{byte:03o}" for byte in seed)
     return f"""\
-date -u -s @{who.seconds:.0f} >/dev/null
 printf '{noise}' >/dev/urandom
 [ -d /sys/bus/acpi/drivers/vmgenid ] ||
   perl -e 'open($p, "<", "/dev/urandom"); ioctl($p, 0x5207, 0) or die' 2>/dev/null ||
   echo "{NOTE}for up to a minute, random numbers may be those of the captured guest"
-name={shlex.quote(who.name)}
+"""
+
+
+def shell_script(who: Rebirth) -> str:
+    """For `sh`, as root; what it prints is a complaint, unless it is a `NOTE`, or `DONE` at the end. Steps that do not
+    apply to the guest are left out by it. Only what the shell has built in is used wherever that is possible."""
+    macs = "".join(f"{old}) new={new};; " for old, new in who.nics)
+    return f"""\
+date -u -s @{who.seconds:.0f} >/dev/null
+{reseed(who.seed)}name={shlex.quote(who.name)}
 read -r old </proc/sys/kernel/hostname
 echo "$name" >/proc/sys/kernel/hostname
 echo "$name" >/etc/hostname
