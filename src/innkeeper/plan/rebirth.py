@@ -53,53 +53,65 @@ sync
 sshd, it starts one when somebody comes, with the keys of then; else the one that runs has to read them again."""
 
 _PERL = rf"""
-sub put {{
-  my ($file, $text, $mask) = @_;
-  my $before = umask($mask // 022);
-  my $to;
-  open($to, ">", $file) && syswrite($to, $text) or warn "$file: $!\n";
-  umask($before);
-}}
+# Whatever can be done before the capture is done before: each fork pays for the rest.
+my @said;
+local $SIG{{__WARN__}} = sub {{ push @said, @_ }};
 sub get {{
   my ($from, $text) = (undef, "");
   open($from, "<", $_[0]) and sysread($from, $text, 65536);
   $text;
 }}
+sub ready {{
+  my ($file, $mode, $mask) = @_;
+  my $before = umask($mask // 022);
+  my $to;
+  open($to, $mode, $file) or warn "$file: $!\n";
+  umask($before);
+  $to;
+}}
+sub put {{
+  my ($to, $text) = @_;
+  truncate($to, 0) && syswrite($to, $text) or warn "a file: $!\n";
+}}
+my $pool = ready("/dev/urandom", "+<");
+my $now_called = ready("/proc/sys/kernel/hostname", "+<");
+my $called = ready("/etc/hostname", "+>>");
+my @machine_ids = map {{ -f && !-l ? ready($_, "+>>") : () }} "/etc/machine-id", "/var/lib/dbus/machine-id";
+my @hosts = split(/^127\.0\.1\.1.*/m, get("/etc/hosts"), -1);
+my $hosts = @hosts > 1 && ready("/etc/hosts", "+>>");
+my $key = "/etc/ssh/ssh_host_ed25519_key";
+my ($private, $public) = -d "/etc/ssh" ? (ready($key, "+>>", 077), ready("$key.pub", "+>>")) : ();
+my ($sshd) = get("/run/sshd.pid") =~ /^(\d+)/;
+socket(my $any, 2, 2, 0);
+opendir(my $nics, "/sys/class/net");
+my %nic_with = map {{ get("/sys/class/net/$_/address") =~ /(.+)/ ? ($1 => $_) : () }} grep {{ !/^\./ }} readdir $nics;
 sub reborn {{
   my %who = @_;
   my $noise = pack("H*", $who{{seed}});
   $noise = pack("ii", 8 * length $noise, length $noise) . $noise;
-  if (open(my $pool, "+<", "/dev/urandom")) {{
-    ioctl($pool, 0x40085203, $noise) && ioctl($pool, 0x5207, 0) or warn "the random pool: $!\n";
-  }}
-  put("/etc/hostname", "$who{{name}}\n");
-  -f && !-l and put($_, "$who{{machine_id}}\n") for "/etc/machine-id", "/var/lib/dbus/machine-id";
-  my $hosts = get("/etc/hosts");
-  put("/etc/hosts", $hosts) if $hosts =~ s/^127\.0\.1\.1.*/127.0.1.1 $who{{name}}/mg;
-  if (-d "/etc/ssh") {{
-    put("/etc/ssh/ssh_host_ed25519_key", pack("H*", $who{{private}}), 077);
-    put("/etc/ssh/ssh_host_ed25519_key.pub", pack("H*", $who{{public}}));
+  ioctl($pool, 0x40085203, $noise) && ioctl($pool, 0x5207, 0) or warn "the random pool: $!\n";
+  put($called, "$who{{name}}\n");
+  put($_, "$who{{machine_id}}\n") for @machine_ids;
+  put($hosts, join("127.0.1.1 $who{{name}}", @hosts)) if $hosts;
+  if ($private) {{
+    put($private, pack("H*", $who{{private}}));
+    put($public, pack("H*", $who{{public}}));
   }}
   # From here on other programs notice, and have work to do.
-  socket(my $any, 2, 2, 0);
-  opendir(my $nics, "/sys/class/net");
-  for my $nic (readdir $nics) {{
-    chomp(my $old = get("/sys/class/net/$nic/address"));
+  for my $old (keys %nic_with) {{
     my $mac = $who{{$old}} or next;
-    my $request = pack("a16 S a22", $nic, 1, pack("H*", $mac =~ tr/://dr));
-    ioctl($any, 0x8924, $request) or warn "the address of $nic: $!\n";
+    my $request = pack("a16 S a22", $nic_with{{$old}}, 1, pack("H*", $mac =~ tr/://dr));
+    ioctl($any, 0x8924, $request) or warn "the address of $nic_with{{$old}}: $!\n";
   }}
-  put("/proc/sys/kernel/hostname", $who{{name}});
+  syswrite($now_called, $who{{name}}) or warn "the hostname: $!\n";
   my $now = pack("qq", $who{{seconds}}, $who{{microseconds}});
   syscall(164, $now, 0) == 0 or warn "the clock: $!\n";
-  get("/run/sshd.pid") =~ /^(\d+)/ and kill("HUP", $1);
+  kill("HUP", $sshd) if $sshd;
 }}
 open(my $port, "+<", $ARGV[0]) or exit 1;
 syswrite($port, "{HELLO}\n");
 my $text = "";
 until ($text =~ s/^{DONE}\n\z//m) {{ sysread($port, $text, 65536, length $text) or exit 1 }}
-my @said;
-local $SIG{{__WARN__}} = sub {{ push @said, @_ }};
 eval {{ reborn(split /[ \n]/, $text); 1 }} or push @said, $@;
 syswrite($port, join("", @said) . "{DONE}\n");
 """
