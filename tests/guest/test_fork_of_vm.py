@@ -12,7 +12,12 @@ from innkeeper.client.errors import ApiError
 pytestmark = pytest.mark.guest
 
 COUNT = "i=0; while :; do i=$((i+1)); echo $i >/run/n.new; mv /run/n.new /run/n; done"
-IDENTITY = ("hostname", "cat /sys/class/net/eth0/address", "cat /sys/class/dmi/id/product_uuid", "cat /proc/sys/kernel/random/uuid")  # fmt: skip
+IDENTITY = (
+    "hostname",
+    "cat /sys/class/net/eth0/address",
+    "cat /sys/class/dmi/id/product_uuid",
+    "cat /proc/sys/kernel/random/uuid",
+)
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +125,7 @@ def test_one_without_a_disk_has_memory_to_fork(daemon):
 
 
 def test_what_cannot_be_forked_says_why(daemon, parent):
-    with pytest.raises(ApiError, match="no VM 'nobody'|no image"):
+    with pytest.raises(ApiError, match="no image and no VM"):
         daemon.inn.fork("nobody")
     parent.pause()
     with pytest.raises(ApiError, match="is paused") as caught:

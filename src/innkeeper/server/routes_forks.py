@@ -76,14 +76,22 @@ async def fork(ctx: Ctx, body: ForkRequest) -> Response:
 
 
 async def _vm(ctx: Context, body: ForkRequest) -> Value | None:
-    """The VM that is meant; None for an image, which comes first where both have the name."""
-    with suppress(NotFound, ActionRefused):
-        if not body.snapshot:
-            await find_warm(ctx.world, body.source)
-            return None
-    if body.snapshot or await ctx.world.store.get(f"name/vm/{body.source}"):
+    """The VM that is meant; None for an image, which comes first where both have the name. Raises `NotFound`,
+    `ActionRefused` for an image that is not warm."""
+    if body.snapshot:
         return await ctx.world.find("vm", body.source)
-    return None
+    try:
+        await find_warm(ctx.world, body.source)
+        return None
+    except (NotFound, ActionRefused) as error:
+        with suppress(NotFound):
+            return await ctx.world.find("vm", body.source)
+        if isinstance(error, ActionRefused):
+            raise
+    raise NotFound(
+        f"there is no image and no VM {body.source!r}", hint="inn image ls and inn ls show what there is",
+        name=body.source,
+    )  # fmt: skip
 
 
 async def _capture(ctx: Context, vm: Value, body: ForkRequest) -> Value:
