@@ -3,7 +3,7 @@
 import os
 
 import pytest
-from test_snapshots import mounted, sh
+from inside import mounted, sh
 
 from innkeeper.client.errors import ApiError
 
