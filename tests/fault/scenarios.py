@@ -259,6 +259,17 @@ def have_snapshots(prepare: Callable[[House], object], memory: bool = False) -> 
     return do
 
 
+def measure(inn: Innkeeper) -> Operation:
+    return inn.vm(NAME).snapshots.measure("second")
+
+
+def measured(house: House) -> None:
+    assert house.latest("snapshot-measure").state == "failed" or house.latest("snapshot-measure").result == {
+        "snapshot": "second", "disks": [None] * 2,  # nothing has been written to them
+    }  # fmt: skip
+    not_removed(house)
+
+
 def remove(inn: Innkeeper) -> Operation:
     return inn.vm(NAME).snapshots.delete("second")
 
@@ -458,6 +469,7 @@ SCENARIOS: dict[str, Scenario] = {
     "snapshot-delete": Scenario(remove, removed, not_removed, have_snapshots(run_uefi)),
     "snapshot-delete, the last": Scenario(remove_last, last_removed, last_not_removed, have_snapshots(run_uefi)),
     "snapshot-delete, stopped": Scenario(remove, removed, not_removed, have_snapshots(make_two_disks)),
+    "snapshot-measure": Scenario(measure, measured, not_removed, have_snapshots(run_uefi)),
     "snapshot-restore": Scenario(restore(), restored("auto-1"), not_restored, have_snapshots(make_two_disks)),
     "snapshot-restore, nothing kept": Scenario(
         restore(keep=False, start=True), restored(wanted="running"), not_restored, have_snapshots(run_uefi)

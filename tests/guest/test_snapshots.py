@@ -155,6 +155,19 @@ def test_a_chain_has_a_limit_and_a_clear_refusal(daemon):
         vm.delete(force=True)
 
 
+def test_what_a_chain_costs_is_measured(daemon, vm):
+    sh(vm, "head -c 20000000 /dev/urandom >/data/blob; sync")
+    for number in range(3):
+        vm.snapshots.create(f"s{number}").wait()
+    begin(vm, WRITER)  # to the layer above
+    (one,) = vm.snapshots.measure("s0").wait().result["disks"]
+    (all_of_them,) = vm.snapshots.measure("s2").wait().result["disks"]
+    assert one["layers"] == 1 and all_of_them["layers"] == 3
+    assert one["through"] > 0 and all_of_them["through"] > 0 and all_of_them["alone"] > 0
+    assert vm.state == "running" and len(names(vm)) == 3
+    all_written(vm)
+
+
 # --- in between, somebody dies ---
 
 

@@ -347,8 +347,16 @@ COMMANDS: tuple[C, ...] = (
         SNAPSHOTS,
         "everything about one snapshot",
         "snapshots:info",
-        (VM, SNAPSHOT),
-        ("inn snapshot info web before-upgrade",),
+        (
+            VM,
+            SNAPSHOT,
+            A(
+                ("--measure",),
+                "also how much slower its layers make reads, which takes about a second for each disk",
+                {"action": "store_true"},
+            ),
+        ),
+        ("inn snapshot info web before-upgrade", "inn snapshot info web before-upgrade --measure"),
         "document",
     ),
     C(
