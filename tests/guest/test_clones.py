@@ -105,8 +105,8 @@ def test_a_snapshot_from_before_the_first_start_brings_back_that_the_guest_is_st
     assert not due(clone)
     clone.snapshots.restore("fresh", start=True).wait()
     assert not due(clone)
-    told = [(event["kind"], event["target"]["name"]) for event in daemon.inn.events()]
-    assert told.count(("vm.ready", "other")) == 2  # each time somebody waited for its agent, to tell it who it is
+    told = [(event["kind"], event["target"]["id"]) for event in daemon.inn.events()]
+    assert told.count(("vm.ready", clone.info["id"])) == 2  # each time somebody waited for its agent, to tell it who it is
 
 
 def test_what_a_linked_clone_stands_on_stays(daemon, vm):
