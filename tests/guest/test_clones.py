@@ -106,7 +106,9 @@ def test_a_snapshot_from_before_the_first_start_brings_back_that_the_guest_is_st
     clone.snapshots.restore("fresh", start=True).wait()
     assert not due(clone)
     told = [(event["kind"], event["target"]["id"]) for event in daemon.inn.events()]
-    assert told.count(("vm.ready", clone.info["id"])) == 2  # each time somebody waited for its agent, to tell it who it is
+    assert (
+        told.count(("vm.ready", clone.info["id"])) == 2
+    )  # each time somebody waited for its agent, to tell it who it is
 
 
 def test_what_a_linked_clone_stands_on_stays(daemon, vm):
