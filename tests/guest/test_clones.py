@@ -4,7 +4,7 @@ import os
 import re
 import socket
 import subprocess
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import pytest
 from conftest import CACHE, Daemon, _folder
@@ -14,6 +14,8 @@ from test_snapshots import all_written, write_on
 from innkeeper.client.errors import ApiError
 
 pytestmark = pytest.mark.guest
+
+BLOB = 150 << 20
 
 
 def free_port() -> int:
@@ -162,6 +164,24 @@ def test_clones_that_cannot_be(daemon, vm):
     assert "other" not in [one["name"] for one in daemon.inn.vms()] and layers(daemon, vm) == 1
 
 
+def test_a_full_clone_is_cancelled_in_the_middle(daemon, vm):
+    sh(vm, f"yes innkeeper | head -c {BLOB // 3} >/data/blob; sync; md5sum /data/blob >/tmp/sum")
+    for attempt in range(20):  # until it is not the copy that is quicker
+        operation = vm.clone(f"other-{attempt}")
+        while operation.poll(0.05).step != "copy" and not operation.ended:
+            pass
+        with suppress(ApiError):  # it has ended
+            operation.cancel()
+        if operation.wait_quietly().state == "cancelled":
+            break
+        daemon.inn.vm(f"other-{attempt}").delete(force=True)
+    assert operation.state == "cancelled"
+    assert [one["name"] for one in daemon.inn.vms() if "other" in one["name"]] == []
+    assert len(list(daemon.home.vms.iterdir())) == len(daemon.inn.vms()) and not list(daemon.home.work.iterdir())
+    assert vm.state == "running" and layers(daemon, vm) == 1
+    sh(vm, "umount /data; mount /dev/vda /data; md5sum -c /tmp/sum >&2", timeout=120)
+
+
 @contextmanager
 def file_system(kind: str, size: str):
     """A file system of its own; taken away again, whatever happens in it."""
@@ -200,9 +220,6 @@ def daemon_in(pool):
         yield made.start()
     finally:
         made.clean()
-
-
-BLOB = 150 << 20
 
 
 def filled(daemon):
