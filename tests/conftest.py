@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -15,11 +16,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from innkeeper.base.home import Home
 from innkeeper.client import Innkeeper
+from innkeeper.client.wishes import vm_spec
 from innkeeper.operations.image_make import _fields
 from innkeeper.operations.image_verify import digest as _digest
 from innkeeper.qemu.process import Pid, find
@@ -127,6 +130,13 @@ class Daemon:
     def log(self) -> str:
         return self.home.daemon_log.read_text()
 
+    def documents(self) -> dict[str, dict[str, Any]]:
+        """All of the store, read beside the daemon."""
+        with sqlite3.connect(f"file:{self.home.store}?mode=ro", uri=True) as db:
+            found = dict(db.execute("SELECT key, value FROM document"))
+        db.close()
+        return {key: json.loads(value) for key, value in found.items()}
+
     def qemus(self) -> dict[Pid, str]:
         """All QEMU processes of this home, with their VM."""
         return find(self.home)
@@ -229,3 +239,31 @@ def daemon():
 def guest(daemon):
     """A running tiny guest, shared: leave it as you found it."""
     return daemon.inn.launch("tiny", name="shared", memory="256M", disk="1G")
+
+
+@pytest.fixture(scope="session")
+def warm(daemon):
+    """The name of an image to fork: a tiny that was captured with an empty file system of 256 MiB mounted at /data."""
+    spec = vm_spec("warming", "tiny", memory="256M", disk="256M")
+    fill = "mkfs.ext4 -q /dev/vda && mkdir -p /run /data && mount /dev/vda /data"
+    daemon.inn.warm("tiny", spec, until=fill).wait()
+    return "tiny-warm"
+
+
+@pytest.fixture
+def tidy(daemon):
+    """After the test its daemon runs, even if it was killed, and the VMs that the test has made are gone."""
+    before = {one["name"] for one in daemon.inn.vms()}
+    yield
+    if daemon.process.poll() is not None:
+        daemon.start()
+    while left := [one["name"] for one in daemon.inn.vms() if one["name"] not in before]:
+        for name in left:
+            if not daemon.inn.vm(name).info["linked_clones"]:
+                daemon.inn.vm(name).delete(force=True)
+
+
+@pytest.fixture
+def vm(daemon, warm, tidy):
+    """A running tiny of the test's own, with /data, at once: a fork."""
+    return daemon.inn.fork(warm, name="own")

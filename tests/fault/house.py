@@ -7,7 +7,6 @@ import atexit
 import json
 import os
 import shutil
-import sqlite3
 import tempfile
 import time
 from collections import Counter
@@ -93,13 +92,6 @@ class House(Daemon):
         """SIGKILL, if it still lives."""
         if not self.dead:
             self.kill()
-
-    def documents(self) -> dict[str, dict[str, Any]]:
-        """All of the store, read beside the daemon."""
-        with sqlite3.connect(f"file:{self.home.store}?mode=ro", uri=True) as db:
-            found = dict(db.execute("SELECT key, value FROM document"))
-        db.close()
-        return {key: json.loads(value) for key, value in found.items()}
 
     def settle(self) -> None:
         """Wait until no operation is open."""

@@ -259,6 +259,17 @@ def have_snapshots(prepare: Callable[[House], object], memory: bool = False) -> 
     return do
 
 
+def measure(inn: Innkeeper) -> Operation:
+    return inn.vm(NAME).snapshots.measure("second")
+
+
+def measured(house: House) -> None:
+    assert house.latest("snapshot-measure").state == "failed" or house.latest("snapshot-measure").result == {
+        "snapshot": "second", "disks": [None] * 2,  # nothing has been written to them
+    }  # fmt: skip
+    not_removed(house)
+
+
 def remove(inn: Innkeeper) -> Operation:
     return inn.vm(NAME).snapshots.delete("second")
 
@@ -367,6 +378,23 @@ def not_cloned(layers: int) -> Callable[[House], None]:
     return look
 
 
+def have_linked_clone(house: House) -> None:
+    run_uefi(house)
+    clone(linked=True)(house.inn).wait()
+
+
+def unlinked(house: House) -> None:
+    """The source runs, and has no layer that was there for the clone's sake."""
+    assert [vm["name"] for vm in house.inn.vms()] == [NAME]
+    assert [len(disk) for disk in layers_of(house, NAME)] == [1] * 2
+    chains(house)
+
+
+def still_linked(house: House) -> None:
+    assert house.inn.vm(CLONE).state in ("stopped", "deleting")
+    chains(house)
+
+
 def have_clone(house: House) -> None:
     """The clone is the one that is called `NAME`."""
     house.inn.create(spec("source"), start=False).wait()
@@ -432,12 +460,16 @@ SCENARIOS: dict[str, Scenario] = {
     "vm-resume": Scenario(act("resume"), state("running"), state("paused", "running"), pause),
     "vm-update": Scenario(update, memory(48), memory(32), make),
     "vm-delete": Scenario(act("delete"), gone, state("stopped", "deleting"), make),
+    "vm-delete, a linked clone": Scenario(
+        lambda inn: inn.vm(CLONE).act("delete"), unlinked, still_linked, have_linked_clone
+    ),
     "snapshot-create": Scenario(take(), taken, not_taken, run_uefi),
     "snapshot-create, stopped": Scenario(take(), taken, not_taken, make_two_disks),
     "snapshot-create, with memory": Scenario(take(memory=True), taken, not_taken, run_uefi),
     "snapshot-delete": Scenario(remove, removed, not_removed, have_snapshots(run_uefi)),
     "snapshot-delete, the last": Scenario(remove_last, last_removed, last_not_removed, have_snapshots(run_uefi)),
     "snapshot-delete, stopped": Scenario(remove, removed, not_removed, have_snapshots(make_two_disks)),
+    "snapshot-measure": Scenario(measure, measured, not_removed, have_snapshots(run_uefi)),
     "snapshot-restore": Scenario(restore(), restored("auto-1"), not_restored, have_snapshots(make_two_disks)),
     "snapshot-restore, nothing kept": Scenario(
         restore(keep=False, start=True), restored(wanted="running"), not_restored, have_snapshots(run_uefi)

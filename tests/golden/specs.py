@@ -87,6 +87,9 @@ class Case:
     ignition: bool = False
     slot: int = 7
     ssh_port: int | None = 22007
+    ram: str = ""
+    how: dict[str, bool] = field(default_factory=dict)
+    """What else `command` is told."""
 
     def vmspec(self) -> VMSpec:
         base = {"disk": {"image": "debian-12"}, "kernel": {"image": "tiny"}, "none": {}}[self.image]
@@ -106,8 +109,9 @@ class Case:
             spec, identity or self.identity(), self.facts(), image(self.image) if self.image != "none" else None,
             Files(
                 chains(spec, f"{folder}/disk.qcow2" if self.image == "disk" else None), folder,
-                "seed.iso" if self.seed else "", self.disc, self.ignition,
+                "seed.iso" if self.seed else "", self.disc, self.ignition, self.ram,
             ),
+            **self.how,
         )  # fmt: skip
 
 
@@ -199,6 +203,15 @@ CASES = (
     ),
 )
 
+GOING_ON = (
+    Case("going-on-as-fork", {}, image="kernel", ram=f"{IMAGE_DIR}/ram", how={"as_fork": True}),
+    Case("going-on-from-memory", {}, how={"incoming": True}),
+    Case("going-on-from-the-memory-of-a-fork", {}, how={"incoming": True, "as_fork": True}),
+    Case("to-be-captured", {}, image="kernel", how={"capturable": True}),
+)
+"""Those that boot nothing but wait for saved memory, and the one that theirs is of: a device that one of them has and
+another has not, and what was saved cannot be loaded."""
+
 
 def text(plan: Plan) -> str:
     """One option per line; what is not ASCII, or would break a line, is escaped."""
@@ -214,5 +227,7 @@ def text(plan: Plan) -> str:
         else:
             lines.append(f"{option.flag} {json.dumps(option.value)}")
     lines += [f"# fdset {number}: {json.dumps(path)}" for number, path in enumerate(plan.fdsets, 1)]
+    if plan.ram:
+        lines.append(f"# ram: {plan.ram.size} bytes of {json.dumps(plan.ram.path)}")
     lines.append(f"# user: {plan.uid}, groups: {list(plan.groups)}")
     return "\n".join(lines) + "\n"

@@ -4,16 +4,18 @@ import os
 import re
 import socket
 import subprocess
-import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import pytest
 from conftest import CACHE, Daemon, _folder
-from test_snapshots import all_written, layers, mounted, sh, write_on
+from inside import crashed, layers, mounted, sh
+from test_snapshots import all_written, write_on
 
 from innkeeper.client.errors import ApiError
 
 pytestmark = pytest.mark.guest
+
+BLOB = 150 << 20
 
 
 def free_port() -> int:
@@ -23,14 +25,11 @@ def free_port() -> int:
 
 
 @pytest.fixture
-def vm(daemon):
-    publish = [f"{free_port()}:80"]
-    made = daemon.inn.launch("tiny", name="source", memory="256M", disk="256M", publish=publish)
-    sh(made, "mkfs.ext4 -q /dev/vda; mkdir -p /data; mount /dev/vda /data")
-    yield made
-    left = [one["name"] for one in daemon.inn.vms() if one["name"] != "shared"]
-    for name in sorted(left, key=lambda name: name == "source"):  # linked clones first
-        daemon.inn.vm(name).delete(force=True)
+def launched(daemon, tidy):
+    """A VM with what no fork has: a seed from the start, and a host port that leads to it."""
+    made = daemon.inn.launch("tiny", name="source", memory="256M", disk="256M", publish=[f"{free_port()}:80"])
+    sh(made, "mkfs.ext4 -q /dev/vda; sync")
+    return made
 
 
 def started(daemon, name: str):
@@ -49,17 +48,20 @@ def test_a_running_vm_is_cloned_at_one_moment_and_goes_on(daemon, vm):
     vm.clone("frozen", quiesce=True).wait()
     assert layers(daemon, vm) == 2  # its own, and the one that the linked clone stands on with it
     assert vm.state == "running"
+    vm.pause()  # its clones boot more quickly then
     for name in ("full", "linked", "frozen"):
         clone = started(daemon, name)
         assert int(sh(clone, "ls /data | wc -l")) > 1
         sh(clone, "rm -rf /data/*; echo its own >/data/mine; sync")
         clone.stop(force=True)
+    vm.resume()
     all_written(vm)  # the checksums that the guest has in memory are right, whatever its clones wrote
     mounted_again = started(daemon, "linked")
     assert sh(mounted_again, "cat /data/mine") == "its own\n"
 
 
-def test_a_clone_is_a_machine_of_its_own(daemon, vm):
+def test_a_clone_is_a_machine_of_its_own(daemon, launched):
+    vm = launched
     remarks = vm.clone("other").wait().result["warnings"]
     source, clone = vm.info, daemon.inn.vm("other").info
     (port,) = [forward["host"] for forward in source["forwards"]]
@@ -75,7 +77,8 @@ def test_a_clone_is_a_machine_of_its_own(daemon, vm):
     assert sh(vm, look).split() == ["source", *source["machine"]["macs"]]
 
 
-def test_a_clone_may_keep_the_identity(daemon, vm):
+def test_a_clone_may_keep_the_identity(daemon, launched):
+    vm = launched
     vm.stop(force=True)
     (remark,) = [r for r in vm.clone("twin", keep_identity=True).wait().result["warnings"] if "identity" in r]
     assert "never have both on one network" in remark
@@ -86,6 +89,28 @@ def test_a_clone_may_keep_the_identity(daemon, vm):
     assert len({(folder / "seed.iso").read_bytes() for folder in folders}) == 1
     assert twin["ssh_port"] != vm.info["ssh_port"]
     started(daemon, "twin")
+
+
+def test_a_snapshot_from_before_the_first_start_brings_back_that_the_guest_is_still_somebody_else(daemon, vm):
+    def due(clone) -> bool:
+        return daemon.documents()[f"vm/{clone.info['id']}"]["identity_due"]
+
+    vm.clone("other", linked=True).wait()
+    clone = daemon.inn.vm("other")
+    clone.snapshots.create("fresh").wait()
+    clone.start()
+    assert not due(clone)
+    clone.stop(force=True)
+    kept = clone.snapshots.restore("fresh").wait().result["kept"]
+    assert due(clone)
+    clone.snapshots.restore(kept).wait()
+    assert not due(clone)
+    clone.snapshots.restore("fresh", start=True).wait()
+    assert not due(clone)
+    told = [(event["kind"], event["target"]["id"]) for event in daemon.inn.events()]
+    assert (
+        told.count(("vm.ready", clone.info["id"])) == 2
+    )  # each time somebody waited for its agent, to tell it who it is
 
 
 def test_what_a_linked_clone_stands_on_stays(daemon, vm):
@@ -108,8 +133,8 @@ def test_what_a_linked_clone_stands_on_stays(daemon, vm):
     linked.clone("alone").wait()  # full: it takes all layers along, those of the source too
     linked.delete(force=True)
     second.delete(force=True)
-    vm.snapshots.prune().wait()
-    assert layers(daemon, vm) == 1
+    assert layers(daemon, vm) == 1 and vm.state == "running"  # what only they needed is merged
+    assert sh(vm, "cat /data/a") == "B\n"
     vm.delete(force=True)
     assert sh(started(daemon, "alone"), "cat /data/a") == "A\n"
 
@@ -120,10 +145,7 @@ def test_a_paused_and_a_crashed_vm_are_cloned(daemon, vm):
     vm.clone("of-paused").wait()
     assert vm.state == "paused" and layers(daemon, vm) == 1
     os.kill(vm.info["pid"], 9)
-    deadline = time.monotonic() + 30
-    while vm.state != "crashed":
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    crashed(vm)
     vm.clone("of-crashed").wait()
     for name in ("of-paused", "of-crashed"):
         assert sh(started(daemon, name), "cat /data/a") == "A\n"
@@ -131,7 +153,7 @@ def test_a_paused_and_a_crashed_vm_are_cloned(daemon, vm):
 
 def test_clones_that_cannot_be(daemon, vm):
     with pytest.raises(ApiError, match="already") as taken:
-        vm.clone("source")
+        vm.clone("own")
     assert taken.value.code == "name-taken"
     with pytest.raises(ApiError) as invalid:
         vm.clone("no/name")
@@ -140,6 +162,24 @@ def test_clones_that_cannot_be(daemon, vm):
     with pytest.raises(ApiError, match="does not run"):
         vm.clone("other", quiesce=True).wait()
     assert "other" not in [one["name"] for one in daemon.inn.vms()] and layers(daemon, vm) == 1
+
+
+def test_a_full_clone_is_cancelled_in_the_middle(daemon, vm):
+    sh(vm, f"yes innkeeper | head -c {BLOB // 3} >/data/blob; sync; md5sum /data/blob >/tmp/sum")
+    for attempt in range(20):  # until it is not the copy that is quicker
+        operation = vm.clone(f"other-{attempt}")
+        while operation.poll(0.05).step != "copy" and not operation.ended:
+            pass
+        with suppress(ApiError):  # it has ended
+            operation.cancel()
+        if operation.wait_quietly().state == "cancelled":
+            break
+        daemon.inn.vm(f"other-{attempt}").delete(force=True)
+    assert operation.state == "cancelled"
+    assert [one["name"] for one in daemon.inn.vms() if "other" in one["name"]] == []
+    assert len(list(daemon.home.vms.iterdir())) == len(daemon.inn.vms()) and not list(daemon.home.work.iterdir())
+    assert vm.state == "running" and layers(daemon, vm) == 1
+    sh(vm, "umount /data; mount /dev/vda /data; md5sum -c /tmp/sum >&2", timeout=120)
 
 
 @contextmanager
@@ -180,9 +220,6 @@ def daemon_in(pool):
         yield made.start()
     finally:
         made.clean()
-
-
-BLOB = 150 << 20
 
 
 def filled(daemon):

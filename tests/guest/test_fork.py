@@ -1,5 +1,6 @@
 """Forks of a warm guest: they go on where it was, share nothing that they write, and are machines of their own."""
 
+import os
 import re
 import subprocess
 import sys
@@ -155,6 +156,27 @@ def test_no_fork_of_an_image_that_is_not_warm(warm, tmp_path):
         warm.inn.forks("cold", ["nobody"])
     assert "inn template warm cold" in refused.value.hint
     warm.inn.image_delete("cold").wait()
+
+
+@pytest.mark.parametrize("role", ["ram", "devices", "disk"])
+def test_a_warm_image_that_was_edited_by_hand_is_not_forked(warm, role):
+    image = warm.inn.image("tiny-warm")
+    path = warm.home.image(image["id"]) / image["files"][role]
+    before, data = path.stat(), path.read_bytes()
+    with path.open("r+b") as file:
+        file.seek(len(data) // 2)
+        file.write(bytes([data[len(data) // 2] ^ 1]))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))  # whoever did it tries to hide it
+    with pytest.raises(ApiError, match=f"{path.name} of image tiny-warm has been changed") as refused:
+        warm.inn.fork("tiny-warm")
+    assert refused.value.code == "image-changed" and refused.value.facts["files"] == [path.name]
+    with pytest.raises(ApiError, match="tiny-warm"):
+        warm.inn.image_verify("tiny-warm").wait()
+    assert not warm.inn.vms()
+    path.write_bytes(data)
+    warm.inn.image_verify("tiny-warm").wait()
+    with warm.inn.fork("tiny-warm") as vm:
+        assert sh(vm, "cat /tmp/warmed") == "before"
 
 
 def test_nothing_of_the_captured_memory_is_readable_by_others(warm):

@@ -6,10 +6,9 @@ import signal
 import time
 
 import pytest
-from conftest import running_daemon
+from inside import begin, crashed, over, ready, sh
 
 from innkeeper.client.errors import ApiError
-from innkeeper.client.wishes import vm_spec
 
 pytestmark = pytest.mark.guest
 
@@ -20,41 +19,25 @@ echo $i >/run/n.new; mv /run/n.new /run/n; done; touch /run/stopped"""
 """On disk first, in memory then: of one moment, the disk is never behind and at most one ahead."""
 
 
-def sh(vm, script: str, **more) -> str:
-    """A shell script in the guest, which must end well."""
-    result = vm.exec(["sh", "-ec", script], **more)
-    assert result.status == 0, result
-    return result.stdout.decode()
-
-
-def begin(vm, program: str) -> None:
-    """In the background of the guest."""
-    vm.exec(["sh", "-c", f"({program}) >/dev/null 2>&1 </dev/null &"])
-
-
 def counted(vm) -> int:
     return int(sh(vm, "cat /run/count"))
 
 
-@pytest.fixture(scope="module")
-def inn():
-    with running_daemon("tiny") as made:
-        yield made
-
-
 @pytest.fixture
-def vm(inn):
-    made = inn.inn.launch("tiny", name="remembered", memory="256M", disk="256M")
+def booted(daemon):
+    """One that has booted, for what a fork's memory does not show."""
+    made = daemon.inn.launch("tiny", name="booted", memory="256M", disk="256M")
     sh(made, "mkdir -p /run; mkfs.ext4 -q /dev/vda; mkdir -p /data; mount /dev/vda /data")
     yield made
     made.delete(force=True)
 
 
-def files(inn, vm) -> list[str]:
-    return sorted(path.name for path in inn.home.vm(vm.info["id"]).glob("memory-*"))
+def files(daemon, vm) -> list[str]:
+    return sorted(path.name for path in daemon.home.vm(vm.info["id"]).glob("memory-*"))
 
 
-def test_a_restore_goes_on_with_what_the_guest_was_doing(inn, vm):
+def test_a_restore_goes_on_with_what_the_guest_was_doing(daemon, booted):
+    vm = booted
     sh(vm, "echo A >/data/a; sync")
     begin(vm, COUNT)
     sh(vm, "while [ ! -e /run/count ]; do :; done")
@@ -64,8 +47,8 @@ def test_a_restore_goes_on_with_what_the_guest_was_doing(inn, vm):
     after = counted(vm)
     one = vm.snapshots.get("then")
     assert result["memory"]["size"] == one["memory"]["size"] > 10_000_000 and one["memory"]["pause"] > 0
-    assert one["stored_size"] >= one["memory"]["size"] and len(files(inn, vm)) == 1
-    path = inn.home.vm(vm.info["id"]) / files(inn, vm)[0]
+    assert one["stored_size"] >= one["memory"]["size"] and len(files(daemon, vm)) == 1
+    path = daemon.home.vm(vm.info["id"]) / files(daemon, vm)[0]
     assert path.stat().st_mode & 0o777 == 0o600 and path.stat().st_uid == os.geteuid()
     sh(vm, "echo B >/data/b; sync; echo 10000000 >/run/count")
     with pytest.raises(ApiError, match="running"):
@@ -83,19 +66,12 @@ def test_a_restore_goes_on_with_what_the_guest_was_doing(inn, vm):
     while counted(vm) <= max(now, after):  # it goes on counting
         assert time.monotonic() < deadline
     vm.snapshots.restore(result["kept"], start=True).wait()
-    wait_until_ready(vm)
+    ready(vm)
     sh(vm, "mkdir -p /data; fsck.ext4 -p /dev/vda >&2 || [ $? = 1 ]; mount /dev/vda /data")
     assert sh(vm, "cat /data/a /data/b") == "A\nB\n"
     for name in [one["name"] for one in vm.snapshots.list()]:
         vm.snapshots.delete(name).wait()
-    assert files(inn, vm) == []
-
-
-def wait_until_ready(vm) -> None:
-    deadline = time.monotonic() + 300
-    while not vm.info["ready"]:
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
+    assert files(daemon, vm) == []
 
 
 def agree(vm) -> None:
@@ -105,7 +81,7 @@ def agree(vm) -> None:
     assert sh(vm, "umount /data; e2fsck -fn /dev/vda >&2; mount /dev/vda /data; cat /data/n").strip() == seen
 
 
-def test_memory_and_disks_are_of_one_moment(inn, vm):
+def test_memory_and_disks_are_of_one_moment(daemon, vm):
     """The guest's cache says what its disk holds: were one older than the other, the file system would fall apart."""
     begin(vm, BOTH)
     sh(vm, "while [ ! -e /run/n ]; do :; done")
@@ -125,12 +101,12 @@ def test_what_was_paused_stays_so_and_the_disks_can_be_had_alone(vm):
     vm.resume()
     assert counted(vm) > 0
     vm.snapshots.restore("then", start=True, disks_only=True).wait()
-    wait_until_ready(vm)
+    ready(vm)
     sh(vm, "[ ! -e /run/count ]; fsck.ext4 -p /dev/vda >&2 || [ $? = 1 ]; mkdir -p /data; mount /dev/vda /data")
     assert sh(vm, "cat /data/a") == "A\n"
 
 
-def test_what_makes_no_sense_is_refused_with_the_reason(inn, vm):
+def test_what_makes_no_sense_is_refused_with_the_reason(daemon, vm):
     with pytest.raises(ApiError, match="frozen") as caught:
         vm.snapshots.create(memory=True, quiesce=True)
     assert caught.value.code == "invalid-input"
@@ -144,35 +120,32 @@ def test_what_makes_no_sense_is_refused_with_the_reason(inn, vm):
     vm.stop(force=True)
     with pytest.raises(ApiError, match="is stopped"):
         vm.snapshots.create(memory=True)
-    assert files(inn, vm) == [] and [one["name"] for one in vm.snapshots.list()] == ["disks"]
+    assert files(daemon, vm) == [] and [one["name"] for one in vm.snapshots.list()] == ["disks"]
 
 
-def test_a_fork_goes_on_from_its_memory_too(inn):
+def test_a_fork_goes_on_from_its_memory_too(daemon, vm):
     """Its devices are those of the warm image until it boots for the first time."""
-    inn.inn.warm("tiny", vm_spec("warming", "tiny", memory="256M", disk="256M")).wait()
-    with inn.inn.fork("tiny-warm") as fork:
-        begin(fork, COUNT)
-        sh(fork, "while [ ! -e /run/count ]; do :; done")
-        fork.snapshots.create("then", memory=True).wait()
-        who = sh(fork, "hostname; cat /sys/class/net/*/address; echo 10000000 >/run/count")
-        fork.snapshots.restore("then", force=True, keep=False).wait()
-        assert counted(fork) < 10_000_000 and sh(fork, "hostname; cat /sys/class/net/*/address") == who
-        fork.snapshots.restore("then", start=True, disks_only=True, keep=False).wait()
-        wait_until_ready(fork)
-        fork.snapshots.restore("then", force=True).wait()  # its own life has begun meanwhile
-        assert counted(fork) < 10_000_000
-    inn.inn.image_delete("tiny-warm").wait()
+    begin(vm, COUNT)
+    sh(vm, "while [ ! -e /run/count ]; do :; done")
+    vm.snapshots.create("then", memory=True).wait()
+    who = sh(vm, "hostname; cat /sys/class/net/*/address; echo 10000000 >/run/count")
+    vm.snapshots.restore("then", force=True, keep=False).wait()
+    assert counted(vm) < 10_000_000 and sh(vm, "hostname; cat /sys/class/net/*/address") == who
+    vm.snapshots.restore("then", start=True, disks_only=True, keep=False).wait()
+    ready(vm)
+    vm.snapshots.restore("then", force=True).wait()  # its own life has begun meanwhile
+    assert counted(vm) < 10_000_000
 
 
-def test_the_machine_is_set_back_to_the_one_that_the_memory_fits(inn, vm):
+def test_the_machine_is_set_back_to_the_one_that_the_memory_fits(daemon, vm):
     begin(vm, COUNT)
     sh(vm, "while [ ! -e /run/count ]; do :; done")
     vm.snapshots.create("then", memory=True).wait()
     vm.stop(force=True)
     document = {"kind": "vm", "state": "stopped"} | vm.info["spec"] | {"cpus": 3, "memory": "320M", "note": "mine"}
     document.pop("first_boot")
-    (operation,) = inn.inn.apply([document])["operations"]
-    inn.inn.operation(operation).wait()
+    (operation,) = daemon.inn.apply([document])["operations"]
+    daemon.inn.operation(operation).wait()
     warnings = vm.snapshots.restore("then").wait().result["warnings"]
     assert "vCPUs (3 → 2)" in warnings[0] and "memory in MiB (320 → 256)" in warnings[0]
     info = vm.info
@@ -180,11 +153,11 @@ def test_the_machine_is_set_back_to_the_one_that_the_memory_fits(inn, vm):
     assert counted(vm) > 0
 
 
-def test_memory_that_cannot_be_loaded_leaves_everything_as_it_was(inn, vm):
+def test_memory_that_cannot_be_loaded_leaves_everything_as_it_was(daemon, vm):
     sh(vm, "echo A >/data/a; sync")
     vm.snapshots.create("then", memory=True).wait()
     sh(vm, "echo B >/data/b; sync")
-    path = inn.home.vm(vm.info["id"]) / files(inn, vm)[0]
+    path = daemon.home.vm(vm.info["id"]) / files(daemon, vm)[0]
     size = path.stat().st_size
     os.truncate(path, size // 2)
     vm.stop(force=True)
@@ -203,7 +176,7 @@ def test_memory_that_cannot_be_loaded_leaves_everything_as_it_was(inn, vm):
     with pytest.raises(ApiError, match="is gone"):
         vm.snapshots.restore("then")
     vm.start()
-    wait_until_ready(vm)
+    ready(vm)
     sh(vm, "mkdir -p /data; fsck.ext4 -p /dev/vda >&2 || [ $? = 1 ]; mount /dev/vda /data")
     assert sh(vm, "cat /data/a /data/b") == "A\nB\n"
 
@@ -211,68 +184,48 @@ def test_memory_that_cannot_be_loaded_leaves_everything_as_it_was(inn, vm):
 # --- in between, somebody dies ---
 
 
-@pytest.fixture
-def alone(bare_daemon):
-    bare_daemon.add_image("tiny")
-    bare_daemon.start()
-    made = bare_daemon.inn.launch("tiny", name="alone", memory="256M", disk="256M")
-    sh(made, "mkdir -p /run; mkfs.ext4 -q /dev/vda; mkdir -p /data; mount /dev/vda /data")
-    return made
-
-
-def over(daemon) -> None:
-    deadline = time.monotonic() + 120
-    while any(not operation.ended for operation in daemon.inn.operations()):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-
-
 @pytest.mark.slow
-def test_a_daemon_that_is_killed_at_any_moment_leaves_a_guest_that_runs(bare_daemon, alone):
-    begin(alone, BOTH)
+def test_a_daemon_that_is_killed_at_any_moment_leaves_a_guest_that_runs(daemon, vm):
+    begin(vm, BOTH)
     chance = random.Random()
     taken = []
     for number in range(6):
-        alone.snapshots.create(f"s{number}", memory=True)
+        vm.snapshots.create(f"s{number}", memory=True)
         time.sleep(chance.random() * 1.5)
-        bare_daemon.kill()
-        bare_daemon.start()
-        over(bare_daemon)
-        assert alone.state == "running"
-        sh(alone, "n=$(cat /data/n); while [ $(cat /data/n) = $n ]; do :; done", timeout=60)  # it goes on writing
-        taken = [one["name"] for one in alone.snapshots.list()]
-        assert len(files(bare_daemon, alone)) == len(taken)
+        daemon.kill()
+        daemon.start()
+        over(daemon)
+        assert vm.state == "running"
+        sh(vm, "n=$(cat /data/n); while [ $(cat /data/n) = $n ]; do :; done", timeout=60)  # it goes on writing
+        taken = [one["name"] for one in vm.snapshots.list()]
+        assert len(files(daemon, vm)) == len(taken)
     for name in taken:
-        alone.snapshots.restore(name, force=True, keep=False).wait()
-        agree(alone)
+        vm.snapshots.restore(name, force=True, keep=False).wait()
+        agree(vm)
 
 
-def test_a_guest_that_is_killed_while_its_memory_is_saved_loses_nothing_else(bare_daemon, alone):
-    sh(alone, "echo A >/data/a; sync; dd if=/dev/urandom of=/run/noise bs=1M count=60 2>/dev/null")
-    operation = alone.snapshots.create("s", memory=True)
+def test_a_guest_that_is_killed_while_its_memory_is_saved_loses_nothing_else(daemon, vm):
+    sh(vm, "echo A >/data/a; sync; dd if=/dev/urandom of=/run/noise bs=1M count=60 2>/dev/null")
+    operation = vm.snapshots.create("s", memory=True)
     while operation.poll(0.05).step != "switch":
         assert not operation.ended
-    for pid in bare_daemon.qemus():
-        os.kill(pid.number, signal.SIGKILL)
+    os.kill(vm.info["pid"], signal.SIGKILL)
     if operation.wait_quietly().state == "failed":
-        assert alone.snapshots.list() == [] and files(bare_daemon, alone) == []
-    deadline = time.monotonic() + 60
-    while alone.state != "crashed":
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    alone.start()
-    wait_until_ready(alone)
-    sh(alone, "mkdir -p /data; fsck.ext4 -p /dev/vda >&2 || [ $? = 1 ]; mount /dev/vda /data; cat /data/a")
+        assert vm.snapshots.list() == [] and files(daemon, vm) == []
+    crashed(vm)
+    vm.start()
+    ready(vm)
+    sh(vm, "mkdir -p /data; fsck.ext4 -p /dev/vda >&2 || [ $? = 1 ]; mount /dev/vda /data; cat /data/a")
 
 
-def test_a_save_can_be_cancelled(bare_daemon, alone):
-    begin(alone, COUNT)
-    sh(alone, "dd if=/dev/urandom of=/run/noise bs=1M count=60 2>/dev/null")
-    operation = alone.snapshots.create("s", memory=True)
+def test_a_save_can_be_cancelled(daemon, vm):
+    begin(vm, COUNT)
+    sh(vm, "dd if=/dev/urandom of=/run/noise bs=1M count=60 2>/dev/null")
+    operation = vm.snapshots.create("s", memory=True)
     operation.cancel()
     assert operation.wait_quietly().state == "cancelled"
-    assert alone.state == "running" and files(bare_daemon, alone) == [] and alone.snapshots.list() == []
-    before = counted(alone)
-    while counted(alone) == before:
+    assert vm.state == "running" and files(daemon, vm) == [] and vm.snapshots.list() == []
+    before = counted(vm)
+    while counted(vm) == before:
         pass
-    alone.snapshots.create("s", memory=True).wait()
+    vm.snapshots.create("s", memory=True).wait()

@@ -3,7 +3,7 @@
 import os
 
 import pytest
-from test_snapshots import mounted, sh
+from inside import mounted, sh
 
 from innkeeper.client.errors import ApiError
 
@@ -91,6 +91,17 @@ def test_a_template_is_launched_and_the_vm_it_is_of_keeps_what_was_cleaned(daemo
     assert sh(source, "cat /data/etc/machine-id /data/root/.bash_history").split()[1] == "ls"
     sh(source, "umount /data")
     source.stop(force=True)
+
+
+def test_a_manifest_takes_over_what_the_template_has(daemon, source, template):
+    document = {"kind": "vm", "name": "from-manifest", "image": template, "memory": "256M", "state": "stopped"}
+    (operation,) = daemon.inn.apply([document])["operations"]
+    daemon.inn.operation(operation).wait()
+    made = daemon.inn.vm("from-manifest").info["spec"]
+    assert [disk["size"] for disk in made["disks"]] == [256 << 20] and made["firmware"] == "bios"
+    assert [change["action"] for change in daemon.inn.apply([document])["changes"]] == ["none"]
+    with pytest.raises(ApiError, match="disks cannot change"):
+        daemon.inn.apply([document | {"disks": [{"size": "300M"}]}])
 
 
 def test_versions_parents_and_who_stands_on_what(daemon, source, template):

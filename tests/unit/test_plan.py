@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from golden.hostile import hostile_strings
-from golden.specs import CASES, IMAGE_DIR, KEY, NASTY_DIR, VM_ID, Case, host, text
+from golden.specs import CASES, GOING_ON, IMAGE_DIR, KEY, NASTY_DIR, VM_ID, Case, host, text
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -31,7 +31,7 @@ BY_NAME = {case.name: case for case in CASES}
 # --- golden files ---
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", (*CASES, *GOING_ON), ids=lambda case: case.name)
 def test_golden(case):
     path = GOLDEN / f"{case.name}.txt"
     if os.environ.get("INNKEEPER_UPDATE_GOLDEN"):
@@ -40,8 +40,18 @@ def test_golden(case):
 
 
 def test_no_golden_file_is_left_over():
-    assert {path.stem for path in GOLDEN.glob("*.txt")} == set(BY_NAME)
+    assert {path.stem for path in GOLDEN.glob("*.txt")} == {case.name for case in (*CASES, *GOING_ON)}
     assert len(CASES) >= 25
+
+
+def test_what_goes_on_has_the_devices_of_what_was_captured():
+    """Saved state loads into the same devices only."""
+    fork, _, of_fork, captured = ({json.dumps(d) for d in jsons(case.plan(), "-device")} for case in GOING_ON)
+    assert fork == captured
+    assert {d for d in of_fork if "rebirth" in d or "free-page" in d} <= captured
+    for case in GOING_ON[:3]:
+        flags, values = parsed(case.plan().argv()[1:])
+        assert dict(zip(flags, values, strict=True))["-incoming"] == "defer"
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

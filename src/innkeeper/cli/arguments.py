@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from innkeeper.cli.parser import duration
+from innkeeper.cli.parser import duration, size
 from innkeeper.cli.table import Argument as A
 
 FORMATS = ("qcow2", "raw", "vmdk", "vdi", "vhdx", "vpc")
@@ -16,6 +16,21 @@ FORMAT = A(("--format",), "its format, told from the file's header by default", 
 TIMEOUT = A(
     ("--timeout",), "how long the guest may take, like 90s; then it fails", {"metavar": "TIME", "type": duration}
 )
+
+CPUS = A(("--cpus",), "vCPUs (default 2)", {"metavar": "N", "type": int})
+DISK = A(
+    ("--disk",),
+    "size of the first disk, like 20G (default 20G); repeat for more disks",
+    {"metavar": "SIZE", "action": "append", "type": size},
+)
+FIRMWARE = A(("--firmware",), "bios (default) or uefi", {"choices": ("bios", "uefi")})
+SSH_KEY = A(
+    ("--ssh-key",),
+    "public key, or private key beside its .pub; by default those in ~/.ssh, or one that is made",
+    {"metavar": "FILE", "action": "append"},
+    "file",
+)
+USER_DATA = A(("--user-data",), "cloud-init user-data; - is stdin", {"metavar": "FILE"}, "file")
 
 SNAPSHOT = A(("snapshot",), "name or id of the snapshot", {"metavar": "SNAP"})
 

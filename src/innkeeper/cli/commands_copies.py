@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
-from innkeeper.cli.arguments import COPIES_OF, IMAGE, NO_WAIT, TIMEOUT, VM
+from innkeeper.cli.arguments import (
+    COPIES_OF,
+    CPUS,
+    DISK,
+    FIRMWARE,
+    IMAGE,
+    NO_WAIT,
+    SSH_KEY,
+    TIMEOUT,
+    USER_DATA,
+    VM,
+)
 from innkeeper.cli.parser import duration, size
 from innkeeper.cli.table import Argument as A
 from innkeeper.cli.table import Command as C
@@ -103,21 +114,12 @@ COPIES: tuple[C, ...] = (
         (
             IMAGE,
             A(("--name",), "name of the warm image; IMAGE-warm by default", {"metavar": "N"}),
-            A(("--cpus",), "vCPUs (default 2)", {"metavar": "N", "type": int}),
+            CPUS,
             A(("--memory",), "RAM, like 1G (default 1G)", {"metavar": "SIZE", "type": size, "default": 1 << 30}),
-            A(
-                ("--disk",),
-                "size of the first disk, like 20G (default 20G); repeat for more disks",
-                {"metavar": "SIZE", "action": "append", "type": size},
-            ),
-            A(("--firmware",), "bios (default) or uefi", {"choices": ("bios", "uefi")}),
-            A(
-                ("--ssh-key",),
-                "public key, or private key beside its .pub; by default those in ~/.ssh, or one that is made",
-                {"metavar": "FILE", "action": "append"},
-                "file",
-            ),
-            A(("--user-data",), "cloud-init user-data; - is stdin", {"metavar": "FILE"}, "file"),
+            DISK,
+            FIRMWARE,
+            SSH_KEY,
+            USER_DATA,
             A(("--until",), "shell command in the guest that has to end well before", {"metavar": "CMD"}),
             A(("--refresh",), "make it anew where there is one", {"action": "store_true"}),
             TIMEOUT,

@@ -6,6 +6,7 @@ from argparse import Namespace
 
 from innkeeper.cli import identity
 from innkeeper.cli.progress import conclude_all
+from innkeeper.cli.snapshots import warn
 from innkeeper.client import Innkeeper, Operation
 
 
@@ -44,6 +45,7 @@ def remove(inn: Innkeeper, args: Namespace) -> int:
     def gone(operation: Operation) -> str:
         if not args.no_wait and (vm_id := operation.document["target"].get("id")):
             identity.forget(str(vm_id))
+        warn(operation)
         return f"{operation.target} is removed"
 
     return conclude_all(args, args.vms, lambda name: inn.vm(name).act("delete", force=args.force), gone)

@@ -9,9 +9,11 @@ from typing import Any
 from innkeeper.base.clock import age
 from innkeeper.base.units import format_age, format_size
 from innkeeper.cli import terminal
-from innkeeper.cli.progress import conclude
+from innkeeper.cli.progress import conclude, follow
 from innkeeper.client import Innkeeper, Operation
 
+SLOW = 0.5
+"""How much slower reads are, as a fraction, when that is worth a colour."""
 NO_BACKUP = "a snapshot is no backup: it lies beside the disk it belongs to, and is lost with it"
 
 
@@ -157,6 +159,8 @@ def tree(vm: str, overview: dict[str, Any]) -> Iterator[str]:
 
 def info(inn: Innkeeper, args: Namespace) -> int:
     one = inn.vm(args.vm).snapshots.get(args.snapshot)
+    if args.measure:
+        one["reads"] = follow(inn.vm(args.vm).snapshots.measure(args.snapshot)).result["disks"]
     if args.output == "json":
         terminal.emit_json(one)
         return 0
@@ -174,6 +178,7 @@ def info(inn: Innkeeper, args: Namespace) -> int:
         ("On top of", one["parent"] or ("nothing", "dim")),
         ("Expires", _expiry(one)),
         ("Size", f"{format_size(one['stored_size'])} of its own, in a chain of {one['layers']}"),
+        *(("Reads" if not number else "", _reads(cost)) for number, cost in enumerate(one.get("reads") or ())),
         (
             "Machine",
             (f"{spec['cpus']} vCPU, {format_size(spec['memory'])} RAM then; {machine}", "dim"),
@@ -183,6 +188,17 @@ def info(inn: Innkeeper, args: Namespace) -> int:
     ]
     terminal.say(terminal.page([(label, value) for label, value in rows if value]))
     return 0
+
+
+def _reads(cost: dict[str, Any] | None) -> terminal.Cell:
+    """Of one disk."""
+    if cost is None:
+        return ("nothing is stored to measure with", "dim")
+    if cost["layers"] == 1:
+        return f"{cost['alone'] * 1e6:.1f} µs each: there is one layer"
+    more = cost["through"] / cost["alone"] - 1 if cost["alone"] else 0.0
+    times = f"{cost['through'] * 1e6:.1f} µs each through {cost['layers']} layers, {cost['alone'] * 1e6:.1f} in one"
+    return (f"{times}: {max(0.0, more):.0%} slower", "yellow" if more > SLOW else "")
 
 
 def _how(one: dict[str, Any]) -> str:

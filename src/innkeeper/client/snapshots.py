@@ -75,6 +75,11 @@ class Snapshots:
         """Remove it and merge its layers; the VM may run."""
         return self._innkeeper.operate("DELETE", self._path(name))
 
+    def measure(self, name: str) -> Operation:
+        """What its layers cost who reads through them. `result["disks"]`: of each disk {layers, through, alone}, the
+        seconds of a random read of 4 KiB through all its layers and from the lowest alone; None for an empty one."""
+        return self._innkeeper.operate("POST", self._path(name, "/measure"))
+
     def prune(self, *, automatic: bool = False) -> Operation:
         """Remove what has expired, with `automatic` also what restores kept, and merge layers that nobody needs."""
         return self._innkeeper.operate("POST", f"{self._vm}/prune", document={"automatic": automatic})

@@ -30,7 +30,9 @@ ADOPT = 3.0
 """Seconds that a running QEMU gets to answer a daemon that comes back; all are asked at once."""
 ROOM_EVERY = 1.0
 """Seconds between two looks whether a full pool has room again; looked only while a guest waits for it."""
-INDIFFERENT = frozenset({"vm-pause", "vm-resume", "vm-update", "snapshot-create", "snapshot-delete"})
+INDIFFERENT = frozenset(
+    {"vm-pause", "vm-resume", "vm-update", "snapshot-create", "snapshot-delete", "snapshot-measure", "vm-clone"}
+)
 """Operations on a VM that never record its end, so that somebody else has to."""
 LOGS_EVERY = 30.0
 """Seconds between two looks at the size of the serial logs."""

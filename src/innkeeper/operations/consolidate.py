@@ -26,10 +26,11 @@ LAST_WORDS = 3.0
 """Seconds after a failed job in which it shows whether QEMU itself has ended."""
 
 
-async def consolidate(ctx: Context) -> None:
-    """Until each layer of the VM is needed. Raises `QmpFailed`, `QemuFailed`; what was not merged stays and works."""
+async def consolidate(ctx: Context, without: str | None = None) -> None:
+    """Until each layer of the VM is needed, by others than `without`, a VM that is being deleted. Raises `QmpFailed`,
+    `QemuFailed`; what was not merged stays and works."""
     await _go_on(ctx)
-    while (action := await _next(ctx)) is not None:
+    while (action := await _next(ctx, without)) is not None:
         if isinstance(action, Drop):
             ctx.data |= {"begun": True, "merge": {"gone": action.layer, "join": None, "live": False}}
             await ctx.save()
@@ -53,10 +54,12 @@ async def abandon(ctx: Context) -> None:
     await release(ctx)
 
 
-async def _next(ctx: Context) -> Drop | Join | None:
+async def _next(ctx: Context, without: str | None) -> Drop | Join | None:
     world = ctx.world
     vm = await world.find("vm", ctx.target["id"])
-    return unneeded(vm, await all_layers(world), [d.value for d in await world.store.list("snapshot/")])
+    layers = {key: layer for key, layer in (await all_layers(world)).items() if layer["vm"] != without}
+    snapshots = [d.value for d in await world.store.list("snapshot/") if d.value["vm"] != without]
+    return unneeded(vm, layers, snapshots)
 
 
 async def _go_on(ctx: Context) -> None:
@@ -189,23 +192,16 @@ async def _rewrite(ctx: Context, merge: dict[str, Any]) -> bool:
     assert vm is not None  # this operation holds it
     writes: dict[str, Value | None] = {f"layer/{gone}": None}
     checks = {vm.key: vm.revision}
-    if merge["join"]:
-        upper_id, lower_id = merge["join"]
-        other = lower_id if gone == upper_id else upper_id
-        if other == upper_id:
-            upper, lower = await store.get(f"layer/{upper_id}"), await store.get(f"layer/{lower_id}")
-            assert upper is not None and lower is not None
-            below = {"parent": lower.value["parent"], "image": lower.value["image"]}
-            writes[upper.key] = upper.value | below
-        else:
-            for layer in await store.list("layer/"):
-                if layer.value["parent"] == gone:
-                    writes[layer.key] = layer.value | {"parent": other}
-            for document in (vm, *await store.list("snapshot/")):
-                if gone in document.value["disks"]:
-                    disks = [other if each == gone else each for each in document.value["disks"]]
-                    writes[document.key] = document.value | {"disks": disks}
-                    checks[document.key] = document.revision
+    layers = {layer.value["id"]: layer for layer in await store.list("layer/")}
+    upper, lower = merge["join"] or (None, None)
+    below = {field: layers[gone].value[field] for field in ("parent", "image")}
+    onto = {"parent": lower} if gone == upper else below
+    writes |= {layer.key: layer.value | onto for layer in layers.values() if layer.value["parent"] == gone}
+    for document in (vm, *await store.list("snapshot/")):
+        if gone == upper and gone in document.value["disks"]:
+            disks = [lower if each == gone else each for each in document.value["disks"]]
+            writes[document.key] = document.value | {"disks": disks}
+            checks[document.key] = document.revision
     try:
         await store.transact(writes, checks)
     except Conflict:

@@ -12,6 +12,7 @@ from innkeeper.base.ids import new_id
 from innkeeper.operations import snapshot_delete, vm_start
 from innkeeper.operations.consolidate import abandon, consolidate
 from innkeeper.operations.engine import Context, Step, Verb
+from innkeeper.operations.rebirth import at_first_start
 from innkeeper.operations.snapshot_memory import catch_up, check_fits, give_back, set_back
 from innkeeper.operations.snapshots import (
     add_layers,
@@ -27,6 +28,8 @@ from innkeeper.store.contract import Value
 
 AUTOMATIC = "auto"
 """Names of the snapshots that keep a present begin so."""
+OF_THE_DISKS = ("disc", "identity_due")
+"""Fields of the VM's document that say how far the guest on its disks has come: they go back with the disks."""
 
 
 async def stop(ctx: Context) -> None:
@@ -43,7 +46,7 @@ async def prepare(ctx: Context) -> None:
         raise ActionRefused(f"snapshot {snapshot['name']} is being removed")
     if "layers" not in ctx.data:
         ctx.data |= {"automatic": new_id(), "layers": [new_id() for _ in vm["disks"]], "old": vm["disks"]}
-        ctx.data["before"] = {field: vm[field] for field in ("at", "disc", "spec", "identity", "pending")}
+        ctx.data["before"] = {field: vm.get(field) for field in (*OF_THE_DISKS, "at", "spec", "identity", "pending")}
         if ctx.args["memory"]:
             await check_fits(ctx.world, snapshot)
             ctx.data["memory"] = snapshot["memory"] | {"snapshot": snapshot["id"]}
@@ -81,7 +84,7 @@ async def _switch(ctx: Context) -> None:
     )  # fmt: skip
     key = name_key(vm["id"], name)
     machine, ports = await set_back(ctx, vm, snapshot) if ctx.args["memory"] else ({}, {})
-    here = {"disks": ctx.data["layers"], "at": snapshot["id"], "disc": snapshot["disc"]}
+    here = {field: snapshot.get(field) for field in OF_THE_DISKS} | {"disks": ctx.data["layers"], "at": snapshot["id"]}
     writes: dict[str, Value | None] = {
         document.key: vm | here | machine,
         f"snapshot/{automatic}": present,
@@ -143,6 +146,12 @@ async def forget_present(ctx: Context) -> None:
         await snapshot_delete.forget(ctx)
 
 
+async def first_start(ctx: Context) -> None:
+    """Of a clone, to the disks that it had before it was a machine of its own."""
+    if ctx.args["start"] and not ctx.args["paused"]:
+        await at_first_start(ctx)
+
+
 async def _vm(ctx: Context) -> Value:
     return await ctx.world.find("vm", ctx.target["id"])
 
@@ -174,6 +183,7 @@ STEPS = (
     Step("tell", tell, keep=True),
     Step("drop-present", drop_present, abandon, keep=True),
     Step("forget-present", forget_present, keep=True),
+    Step("first-start", first_start, keep=True),
 )
 # Not cancellable: once the present is being dropped there is nothing to go back to, and all of it is short.
 VERB = Verb("snapshot-restore", STEPS, cancellable=False)

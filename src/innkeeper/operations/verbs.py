@@ -8,6 +8,7 @@ from innkeeper.operations import (
     rebirth,
     snapshot_create,
     snapshot_delete,
+    snapshot_measure,
     snapshot_restore,
     template_create,
     template_warm,
@@ -47,5 +48,6 @@ VERBS: dict[str, Verb] = {
         snapshot_create.VERB,
         snapshot_restore.VERB,
         snapshot_delete.VERB,
+        snapshot_measure.VERB,
     )
 }

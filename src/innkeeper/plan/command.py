@@ -16,7 +16,7 @@ from innkeeper.host.facts import HostFacts
 from innkeeper.plan import devices, pci
 from innkeeper.plan.chain import Chain
 from innkeeper.plan.identity import Identity
-from innkeeper.plan.options import Constants, Option, Plan, RamImage
+from innkeeper.plan.options import SANDBOX, Constants, Option, Plan, RamImage
 from innkeeper.spec.image import Image
 from innkeeper.spec.vm import VMSpec
 
@@ -162,13 +162,7 @@ def _control() -> list[Option]:
         Option("-mon", Constants(keys={"chardev": "qmp", "mode": "control"})),
         # QEMU stays when the guest shuts down or panics, so that the daemon, even one that was away, knows why.
         Option("-action", Constants(keys={"shutdown": "pause", "panic": "pause"})),
-        Option(
-            "-sandbox",
-            Constants(
-                "on",
-                {"obsolete": "deny", "elevateprivileges": "deny", "spawn": "deny", "resourcecontrol": "deny"},
-            ),
-        ),
+        SANDBOX,
         Option("-msg", Constants(keys={"timestamp": "on"})),
     ]
 

@@ -47,6 +47,13 @@ class Option:
         return [self.flag, json.dumps(self.value, separators=(",", ":"), ensure_ascii=False)]
 
 
+SANDBOX = Option(
+    "-sandbox",
+    Constants("on", dict.fromkeys(("obsolete", "elevateprivileges", "spawn", "resourcecontrol"), "deny")),
+)
+"""Of every QEMU that has anything to do with what a guest has written."""
+
+
 @dataclass(frozen=True)
 class RamImage:
     """Captured RAM: the file that holds it, and its size in bytes. QEMU gets a descriptor of a sealed copy, mapped

@@ -1,9 +1,10 @@
 """Snapshots as documents, and which layers of a VM nobody needs any more: pure functions of what the store has.
 
 A snapshot's document (`snapshot/<id>`): {id, vm, name, created, note, expires, automatic, state, disks, parent, taken,
-quiesced, nvram, memory, passing, disc, spec, identity, noticed}. `disks` are its frozen layers, one for each disk;
-`parent` the snapshot that the VM stood on when it was taken; `taken` the state that the VM was in; `state` is `whole`,
-or `deleting` once it is being removed: then its layers may be merged with others, so there is no way back to it. The
+quiesced, nvram, memory, passing, disc, identity_due, spec, identity, noticed}. `disks` are its frozen layers, one for
+each disk; `parent` the snapshot that the VM stood on when it was taken; `taken` the state that the VM was in; `state`
+is `whole`, or `deleting` once it is being removed: then its layers may be merged with others, so there is no way back
+to it; `identity_due` whether the guest on these disks is still to become a machine of its own (plan/record.py). The
 VM's document says under `at` which snapshot the present stands on.
 
 `memory` is None, or says of the saved execution {size, parts, pause, agent, uuid_at, seed, as_fork}: bytes that it
@@ -43,8 +44,8 @@ def snapshot_record(
         "id": snapshot_id, "vm": vm["id"], "name": name, "created": stamp, "note": note, "expires": expires,
         "automatic": automatic, "state": state, "disks": list(vm["disks"]), "parent": vm.get("at"),
         "taken": vm["state"], "quiesced": quiesced, "nvram": nvram,
-        "memory": dict(memory) if memory else None, "passing": passing, "disc": vm["disc"], "spec": vm["spec"],
-        "identity": vm["identity"], "noticed": False,
+        "memory": dict(memory) if memory else None, "passing": passing, "disc": vm["disc"],
+        "identity_due": bool(vm.get("identity_due")), "spec": vm["spec"], "identity": vm["identity"], "noticed": False,
     }  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from dataclasses import replace
 from innkeeper.base.errors import QemuFailed
 from innkeeper.plan.chain import Chain
 from innkeeper.plan.devices import volume
-from innkeeper.plan.options import Option
+from innkeeper.plan.options import SANDBOX, Option
 from innkeeper.qemu.errand import errand
 from innkeeper.qemu.monitor import Monitor
 
@@ -29,7 +29,7 @@ async def opened(binary: str, chain: Chain, uid: int | None) -> AsyncIterator[Mo
         arguments = [
             binary,
             *("-nodefaults", "-no-user-config", "-display", "none", "-machine", "none", "-accel", "tcg", "-S"),
-            *("-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"),
+            *SANDBOX.words(),
             *("-chardev", f"socket,id=qmp,fd={theirs.fileno()}", "-mon", "chardev=qmp,mode=control"),
         ]
         below: str | None = None

@@ -26,6 +26,7 @@ from innkeeper.host.cpu import cpu_flags
 from innkeeper.host.facts import QemuFacts
 from innkeeper.host.gather import boot_id
 from innkeeper.host.users import errand_uid
+from innkeeper.plan.options import SANDBOX
 from innkeeper.qemu.capabilities import keep
 from innkeeper.qemu.errand import Account, errand
 
@@ -184,10 +185,7 @@ async def run_guest(
             arguments += ["-run-with", f"user={who}"] if with_user else ["-runas", who]
             account = None
         elif "sandbox" in qemu.features:
-            arguments += [
-                "-sandbox",
-                "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
-            ]
+            arguments += SANDBOX.words()
         async with errand(arguments, pass_fds=[rom], account=account) as process:
             assert process.stdout and process.stderr
             try:

@@ -15,7 +15,7 @@ from innkeeper.base.errors import AgentUnavailable, QemuFailed
 from innkeeper.host.facts import HostFacts
 from innkeeper.plan.chain import Chain
 from innkeeper.plan.devices import AGENT_PORT, volume
-from innkeeper.plan.options import Constants, Option
+from innkeeper.plan.options import SANDBOX, Constants, Option
 from innkeeper.qemu.agent import Agent
 from innkeeper.qemu.errand import errand
 
@@ -50,7 +50,7 @@ async def reading(
             Option("-accel", Constants(accelerator.name)),
             Option("-cpu", accelerator.cpu_model),
             Option("-m", Constants(keys={"size": f"{MEMORY}M"})),
-            Option("-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"),
+            SANDBOX,
             Option("-kernel", str(kernel)),
             Option("-initrd", str(initrd)),
             Option("-append", cmdline),

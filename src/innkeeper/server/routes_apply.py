@@ -15,7 +15,7 @@ from innkeeper.operations.vm_create import arguments
 from innkeeper.server.context import Context, Ctx, VMName
 from innkeeper.server.models import ApplyRequest, ApplyView, Change, Export
 from innkeeper.server.problems import invalid
-from innkeeper.server.routes_vms import check
+from innkeeper.server.routes_vms import as_sealed, check
 from innkeeper.spec.manifest import ImageManifest, Manifest, VMManifest
 from innkeeper.spec.recipe import load_recipe
 from innkeeper.store.contract import Value
@@ -31,6 +31,7 @@ async def apply(ctx: Ctx, body: ApplyRequest) -> Response:
     if doubled := next((name for name in names if names.count(name) > 1), None):
         raise InvalidInput(f"{doubled[0]} {doubled[1]!r} is described twice")
     planned = {manifest.name for manifest in manifests if manifest.kind == "image"}
+    manifests = [await _as_sealed(ctx, manifest, planned) for manifest in manifests]
     # All are checked before the first is touched: a mistake in the last document changes nothing.
     changes = [await _compare(ctx, manifest, planned) for manifest in manifests]
     operations: list[str] = []
@@ -49,6 +50,17 @@ def _parse(index: int, document: dict[str, Any]) -> VMManifest | ImageManifest:
         raise InvalidInput(
             f"document {index + 1} ({name}): {problem.detail}", document=index, **problem.facts
         ) from None
+
+
+async def _as_sealed(
+    ctx: Context, manifest: VMManifest | ImageManifest, planned: set[str]
+) -> VMManifest | ImageManifest:
+    """A VM of a template has what the manifest leaves out from there: from the version that it was made of."""
+    if isinstance(manifest, ImageManifest) or manifest.image in planned:
+        return manifest
+    made = await ctx.world.store.get(f"name/vm/{manifest.name}")
+    origin = (await ctx.world.find("vm", manifest.name))["image"] if made else {"id": manifest.image}
+    return as_sealed(await ctx.world.find("image", origin["id"]), manifest) if origin and origin["id"] else manifest
 
 
 async def _compare(ctx: Context, manifest: VMManifest | ImageManifest, planned: set[str]) -> Change:

@@ -108,6 +108,17 @@ async def restore_snapshot(
 
 
 @router.post(
+    "/snapshots/{snapshot}/measure",
+    response_model=OperationView,
+    status_code=202,
+    summary="Measure what its layers cost who reads through them",
+)
+async def measure_snapshot(ctx: Ctx, vm: VMName, snapshot: SnapshotName) -> Response:
+    one = await find_snapshot(ctx.world, await ctx.world.find("vm", vm), snapshot)
+    return await _submit(ctx, "snapshot-measure", await ctx.admitted(vm, "snapshot"), {"snapshot": one["id"]})
+
+
+@router.post(
     "/prune", response_model=OperationView, status_code=202, summary="Remove expired snapshots, merge unneeded layers"
 )
 async def prune_snapshots(ctx: Ctx, vm: VMName, body: PruneRequest | None = None) -> Response:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter, Query, Response
 from fastapi.responses import JSONResponse
@@ -23,6 +23,7 @@ from innkeeper.spec.vm import VMSpec
 from innkeeper.store.contract import Value
 
 router = APIRouter(prefix="/v1/vms", tags=["VMs"])
+Spec = TypeVar("Spec", bound=VMSpec)
 
 
 class Action(StrEnum):
@@ -42,7 +43,8 @@ async def list_vms(ctx: Ctx) -> Response:
 
 @router.post("", response_model=OperationView, status_code=202, summary="Make a VM, start it, wait until it is ready")
 async def create_vm(ctx: Ctx, body: VMRequest) -> Response:
-    spec = await as_sealed(ctx.world, body.spec)
+    image = await ctx.world.find("image", body.spec.image) if body.spec.image else {}
+    spec = as_sealed(image, body.spec)
     await check(ctx.world, spec)
     kind = "vm-launch" if body.start else "vm-create"
     args = arguments(spec, kind, wait=body.wait, force=body.force, timeout=body.timeout)
@@ -50,9 +52,8 @@ async def create_vm(ctx: Ctx, body: VMRequest) -> Response:
     return accepted(await ctx.engine.submit(kind, target, args))
 
 
-async def as_sealed(world: World, spec: VMSpec) -> VMSpec:
+def as_sealed(image: Value, spec: Spec) -> Spec:
     """Of a template's VM, what nobody has asked for otherwise is as the sealed one had it: disks and firmware."""
-    image = await world.find("image", spec.image) if spec.image else {}
     if not (template := image.get("template")):
         return spec
     sealed: dict[str, Any] = {

@@ -1,0 +1,48 @@
+"""What the tests of snapshots and clones do in a guest."""
+
+import time
+
+
+def sh(vm, script: str, **more) -> str:
+    """A shell script in the guest, which must end well."""
+    result = vm.exec(["sh", "-ec", script], **more)
+    assert result.status == 0, result
+    return result.stdout.decode()
+
+
+def begin(vm, program: str) -> None:
+    """In the background of the guest."""
+    vm.exec(["sh", "-c", f"({program}) >/dev/null 2>&1 </dev/null &"])
+
+
+def ready(vm) -> None:
+    """Wait until its agent answers."""
+    deadline = time.monotonic() + 300
+    while not vm.info["ready"]:
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
+def mounted(vm) -> None:
+    """After a start: check the file system as it was left, and mount it."""
+    ready(vm)
+    sh(vm, "fsck.ext4 -p /dev/vda >&2 || [ $? = 1 ]; e2fsck -fn /dev/vda >&2; mkdir -p /data; mount /dev/vda /data")
+
+
+def crashed(vm) -> None:
+    """Wait until the daemon has seen that its QEMU is gone."""
+    deadline = time.monotonic() + 60
+    while vm.state != "crashed":
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def over(daemon) -> None:
+    """No operation is open any more."""
+    for operation in daemon.inn.operations():
+        operation.wait_quietly()
+
+
+def layers(daemon, vm) -> int:
+    """Of its first disk, in its own folder."""
+    return len(list(daemon.home.vm(vm.info["id"]).glob("disk0-*.qcow2")))
