@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
+from time import monotonic
 
 from fastapi import APIRouter, Response
 from fastapi.responses import JSONResponse
@@ -22,6 +24,8 @@ from innkeeper.spec.vm import VMSpec
 from innkeeper.store.contract import Value
 
 router = APIRouter(prefix="/v1", tags=["forks"])
+TIDYING, LOOK_EVERY = 30.0, 0.05
+"""Seconds for which a fork of a VM waits that is being tidied up, and between two looks."""
 LONGEST = 3600.0
 """Seconds after which a snapshot that was taken for forks goes, whatever has become of them."""
 
@@ -96,6 +100,10 @@ async def _vm(ctx: Context, body: ForkRequest) -> Value | None:
 
 async def _capture(ctx: Context, vm: Value, body: ForkRequest) -> Value:
     """All forks of a VM go on from one moment, which is still to come."""
+    deadline = monotonic() + TIDYING
+    while (vm["operation"] or {}).get("kind") == "snapshot-delete" and monotonic() < deadline:
+        await asyncio.sleep(LOOK_EVERY)  # what is done after forks that came before, layers being merged
+        vm = await ctx.world.find("vm", vm["id"])
     vm = await ctx.admitted(vm["id"], "fork")
     await check_new(ctx.world, vm, None, memory=True)
     await check_memory(ctx.world, vm, quiesce=False)
