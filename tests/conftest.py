@@ -219,6 +219,35 @@ def running_daemon(*images: str) -> Iterator[Daemon]:
         daemon.clean()
 
 
+@contextmanager
+def file_system(kind: str, size: str):
+    """A file system of its own; taken away again, whatever happens in it."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting needs root")
+    CACHE.mkdir(mode=0o711, exist_ok=True)
+    folder = _folder()
+    try:
+        if kind == "tmpfs":
+            mount = ["mount", "-t", "tmpfs", "-o", f"size={size},mode=711", "tmpfs"]
+        else:
+            image = folder.with_suffix(".img")
+            subprocess.run(["truncate", "-s", size, image], check=True)
+            try:
+                subprocess.run([f"mkfs.{kind}", "-q", image], check=True, capture_output=True)
+            except FileNotFoundError:
+                pytest.skip(f"mkfs.{kind} is not installed")
+            mount = ["mount", "-o", "loop", image]
+        done = subprocess.run([*mount, folder], capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(f"{kind} cannot be mounted here: {done.stderr.strip()}")
+        folder.chmod(0o711)
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", folder], capture_output=True)  # its loop device goes with it
+        folder.with_suffix(".img").unlink(missing_ok=True)
+        folder.rmdir()
+
+
 @pytest.fixture
 def bare_daemon():
     """A daemon that is not started yet, with no image: for tests of its own life."""

@@ -65,9 +65,9 @@ def small_build() -> Path:
 class House(Daemon):
     """A daemon from the fork server."""
 
-    def __init__(self, real_builds: bool = False) -> None:
+    def __init__(self, real_builds: bool = False, pool: Path | None = None) -> None:
         CACHE.mkdir(mode=0o711, exist_ok=True)
-        super().__init__(_folder())
+        super().__init__(_folder(), pool)
         self.environment = {} if real_builds else {"TEST_BUILT_IMAGE": str(small_build())}
 
     def start(self, fault: str = "", wait: bool = True) -> House:

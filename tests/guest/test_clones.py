@@ -7,7 +7,7 @@ import subprocess
 from contextlib import contextmanager, suppress
 
 import pytest
-from conftest import CACHE, Daemon, _folder
+from conftest import CACHE, Daemon, _folder, file_system
 from inside import crashed, layers, mounted, sh
 from test_snapshots import all_written, write_on
 
@@ -180,34 +180,6 @@ def test_a_full_clone_is_cancelled_in_the_middle(daemon, vm):
     assert len(list(daemon.home.vms.iterdir())) == len(daemon.inn.vms()) and not list(daemon.home.work.iterdir())
     assert vm.state == "running" and layers(daemon, vm) == 1
     sh(vm, "umount /data; mount /dev/vda /data; md5sum -c /tmp/sum >&2", timeout=120)
-
-
-@contextmanager
-def file_system(kind: str, size: str):
-    """A file system of its own; taken away again, whatever happens in it."""
-    if os.geteuid() != 0:
-        pytest.skip("mounting needs root")
-    folder = _folder()
-    try:
-        if kind == "tmpfs":
-            mount = ["mount", "-t", "tmpfs", "-o", f"size={size},mode=711", "tmpfs"]
-        else:
-            image = folder.with_suffix(".img")
-            subprocess.run(["truncate", "-s", size, image], check=True)
-            try:
-                subprocess.run([f"mkfs.{kind}", "-q", image], check=True, capture_output=True)
-            except FileNotFoundError:
-                pytest.skip(f"mkfs.{kind} is not installed")
-            mount = ["mount", "-o", "loop", image]
-        done = subprocess.run([*mount, folder], capture_output=True, text=True)
-        if done.returncode:
-            pytest.skip(f"{kind} cannot be mounted here: {done.stderr.strip()}")
-        folder.chmod(0o711)
-        yield folder
-    finally:
-        subprocess.run(["umount", "-l", folder], capture_output=True)  # its loop device goes with it
-        folder.with_suffix(".img").unlink(missing_ok=True)
-        folder.rmdir()
 
 
 @contextmanager
