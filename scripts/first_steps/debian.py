@@ -12,8 +12,9 @@ from pathlib import Path
 from first_steps.steps import Step, StepFailed, Steps, advice
 
 RUN = (
-    "ca-certificates", "cpio", "debian-archive-keyring", "e2fsprogs", "fdisk", "ipxe-qemu", "mmdebstrap", "mtools",
-    "openssh-client", "ovmf", "python3-venv", "qemu-system-x86", "qemu-utils", "seabios",
+    "ca-certificates", "conntrack", "cpio", "debian-archive-keyring", "dnsmasq-base", "e2fsprogs", "fdisk",
+    "ipxe-qemu", "mmdebstrap", "mtools", "nftables", "openssh-client", "ovmf", "python3-venv", "qemu-system-x86",
+    "qemu-utils", "seabios",
 )  # fmt: skip
 """What Innkeeper needs on a host."""
 TEST = ("binutils", "git", "qemu-guest-agent")

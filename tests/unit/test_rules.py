@@ -27,6 +27,8 @@ STARTS_PROGRAMS = {
     "storage/cage.py": "the cage that all tools of storage run in",
     "host/gather.py": "lscpu",
     "client/daemon.py": "innkeeperd",
+    "network/firewall.py": "nft, conntrack",
+    "network/resolver.py": "dnsmasq",
     "cli": "ssh, ssh-keygen",
 }
 """Where a program may be started, and which."""

@@ -165,6 +165,12 @@ class ToolTimeout(ToolFailed):
     status = 504
 
 
+class NetworkFailed(InnkeeperError):
+    """The kernel, nft or dnsmasq did not do what a network needs."""
+
+    status = 500
+
+
 class DownloadFailed(InnkeeperError):
     """A URL could not be fetched."""
 

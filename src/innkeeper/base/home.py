@@ -9,6 +9,7 @@ A path here is always absolute and never empty (DESIGN.md 5.6): `absolute` is th
         disk0-<layer>.qcow2 nvram-<snapshot>.fd memory-<snapshot> seed.iso nvram.fd ram serial.log qemu.log
         qmp.sock agent.sock serial.sock rebirth.sock  (bound by relative name: a long path is no obstacle)
       work/<operation id>/    0700  half-made things; swept with their operation
+      networks/<id>/          0755  what its dnsmasq reads, and its leases; forwarding.json beside
     run/
       api.sock                0660
       daemon.lock
@@ -78,6 +79,10 @@ class Home(NamedTuple):  # not a dataclass: that import takes 8 ms, and `inn ls`
     @property
     def vms(self) -> Path:
         return self.pool / "vms"
+
+    @property
+    def networks(self) -> Path:
+        return self.data / "networks"
 
     @property
     def work(self) -> Path:

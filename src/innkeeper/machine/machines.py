@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -56,10 +56,16 @@ class Machines:
         return [machine for machine in self._live.values() if not machine.over.done()]
 
     async def start(
-        self, vm: Value, plan: Plan, ram: int | None = None, then: Callable[[Machine], Awaitable[None]] | None = None
+        self,
+        vm: Value,
+        plan: Plan,
+        ram: int | None = None,
+        then: Callable[[Machine], Awaitable[None]] | None = None,
+        taps: Sequence[int] = (),
     ) -> Machine:
         """Spawn QEMU by the plan, stopped before its first instruction. Nothing is left of it when this fails. `ram`
-        is the descriptor for `plan.ram`, `then` what is done with the stopped machine while its cgroup is being made.
+        is the descriptor for `plan.ram`, `taps` are those for `plan.taps`, `then` is what is done with the stopped
+        machine while its cgroup is being made.
 
         Raises `QemuFailed` with what QEMU wrote to stderr.
         """
@@ -67,7 +73,7 @@ class Machines:
         if vm_id in self._live:  # one that no record knows has been ended by `adopt`
             await self.discard(vm_id)
         (folder / LOG).unlink(missing_ok=True)
-        process = spawn(plan, self._home, vm_id, ram)
+        process = spawn(plan, self._home, vm_id, ram, taps)
         machine = self._new(vm_id, vm["name"], process)
         try:
             pid = process.pid

@@ -17,6 +17,7 @@ from innkeeper.network.ports import is_free, who_listens
 from innkeeper.operations.chains import chain, own_layers, role_of
 from innkeeper.operations.engine import Context, Step, Verb, busy
 from innkeeper.operations.image_verify import check_untouched
+from innkeeper.operations.networks import claim_addresses, follow
 from innkeeper.plan.chain import layer_record
 from innkeeper.plan.identity import SSH_PORT_BASE, assign
 from innkeeper.plan.record import vm_record
@@ -78,21 +79,23 @@ async def claim(ctx: Context) -> None:
             checks[f"image/{image['id']}"] = document.revision if document else 0
         try:
             await world.store.transact(writes, checks)
-            return
         except Conflict as conflict:
-            if not str(conflict.facts["key"]).startswith(("slot/", "image/", "port/")):
+            if not str(conflict.facts["key"]).startswith(("slot/", "image/", "port/", "address/", "network/")):
                 raise _taken(spec) from None
+            continue
+        return await follow(world, identity.id)
 
 
 async def claims(ctx: Context, spec: VMSpec) -> tuple[dict[str, Value | None], int, int | None]:
-    """Keys that must not exist yet (name, slot, ports), and the slot and the SSH port among them."""
+    """Keys that must not exist yet (name, slot, ports, addresses), and the slot and the SSH port among them."""
     store, owner = ctx.world.store, {"id": ctx.data["vm"], "name": spec.name}
     if await store.get(f"name/vm/{spec.name}"):
         raise _taken(spec)
     used = {int(document.key.removeprefix("slot/")) for document in await store.list("slot/")}
     slot = next(number for number in range(1, len(used) + 2) if number not in used)
     ports, ssh_port = await claim_ports(ctx, spec, owner, slot)
-    return {f"name/vm/{spec.name}": owner, f"slot/{slot}": owner, **ports}, slot, ssh_port
+    addresses = await claim_addresses(ctx.world, spec, owner)
+    return {f"name/vm/{spec.name}": owner, f"slot/{slot}": owner, **ports, **addresses}, slot, ssh_port
 
 
 async def claim_ports(
@@ -147,7 +150,7 @@ async def forget(ctx: Context, vm_id: str | None) -> None:
     store = ctx.world.store
     owned = [
         document.key
-        for prefix in ("name/vm/", "slot/", "port/")
+        for prefix in ("name/vm/", "slot/", "port/", "address/")
         for document in await store.list(prefix)
         if document.value["id"] == vm_id
     ]
@@ -156,6 +159,7 @@ async def forget(ctx: Context, vm_id: str | None) -> None:
     owned += [document.key for document in await store.list(f"name/snapshot/{vm_id}/")]
     keys = [*owned, f"vm/{vm_id}", f"live/{vm_id}", f"secret/vm/{vm_id}"]
     await store.transact(dict.fromkeys(keys))
+    await follow(ctx.world, vm_id)
 
 
 async def make_files(ctx: Context) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from innkeeper.base.clock import now
@@ -15,6 +16,7 @@ from innkeeper.network.ports import is_free, who_listens
 from innkeeper.operations.captured import captured, memory_path
 from innkeeper.operations.chains import chain
 from innkeeper.operations.engine import Context, Step
+from innkeeper.operations.networks import plugged_in
 from innkeeper.operations.vm_create import claim_ports, write_first_boot
 from innkeeper.operations.world import World
 from innkeeper.plan.command import Files, command
@@ -122,10 +124,16 @@ async def spawn(ctx: Context) -> None:
 async def _start(ctx: Context, vm: Value) -> None:
     world = ctx.world
     planned = await plan(ctx, vm)
+    async with plugged_in(world, vm, planned.taps) as taps:
+        await _spawn(ctx, vm, planned, taps)
+
+
+async def _spawn(ctx: Context, vm: Value, planned: Plan, taps: Sequence[int]) -> None:
+    world = ctx.world
     if vm["going_on"]:
-        await _go_on(world, vm, planned)
+        await _go_on(world, vm, planned, taps)
         return
-    machine = await world.machines.start(vm, planned)
+    machine = await world.machines.start(vm, planned, taps=taps)
     if saved := ctx.data.get("memory"):
         with open_file(memory_path(world, vm["id"], saved["snapshot"]), MOST_MEMORY) as file:
             await machine.load_memory(
@@ -133,7 +141,7 @@ async def _start(ctx: Context, vm: Value) -> None:
             )
 
 
-async def _go_on(world: World, vm: Value, planned: Plan) -> None:
+async def _go_on(world: World, vm: Value, planned: Plan, taps: Sequence[int]) -> None:
     found = await captured(world, vm["going_on"])
     try:
         ram = await world.ram.get(found.id, found.ram)
@@ -148,7 +156,7 @@ async def _go_on(world: World, vm: Value, planned: Plan) -> None:
         if found.parts:
             await machine.load_screen(ram, found.parts)
 
-    await world.machines.start(vm, planned, ram, load)
+    await world.machines.start(vm, planned, ram, load, taps)
 
 
 async def kill(ctx: Context) -> None:

@@ -11,6 +11,7 @@ from innkeeper.host.accelerator import Verdict
 from innkeeper.host.facts import HostFacts, QemuFacts
 from innkeeper.host.gather import gather
 from innkeeper.machine.machines import Machines
+from innkeeper.network.fabric import Fabric
 from innkeeper.qemu.ram import RamImages
 from innkeeper.store.contract import Document, Store, Value
 from innkeeper.store.events import EventLog
@@ -29,7 +30,11 @@ class World:
     verdict: Verdict
     qemu: QemuFacts | None
     ram: RamImages = field(default_factory=RamImages)
+    fabric: Fabric = field(init=False)
     _host: tuple[float, HostFacts | None] = (0.0, None)
+
+    def __post_init__(self) -> None:
+        self.fabric = Fabric(self.home.networks, self.home.data)
 
     async def host(self, age: float = FRESH) -> HostFacts:
         """The facts, `age` seconds old at most: an operation asks several times."""
@@ -50,13 +55,13 @@ class World:
         return await self.host(age)
 
     async def find(self, kind: str, name: str) -> Value:
-        """The document of a VM or image by name or id. Raises `NotFound`."""
+        """The document of a VM, image or network by name or id. Raises `NotFound`."""
         pointer = await self.store.get(f"name/{kind}/{name}")
         document = await self.store.get(f"{kind}/{pointer.value['id'] if pointer else name}")
         if document is None and kind == "image":
             document = await self._newest(name)
         if document is None:
-            command = "inn ls" if kind == "vm" else "inn image ls"
+            command = "inn ls" if kind == "vm" else f"inn {kind} ls"
             noun = "VM" if kind == "vm" else kind
             raise NotFound(f"there is no {noun} {name!r}", hint=f"{command} shows what there is", name=name)
         return document.value

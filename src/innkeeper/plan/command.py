@@ -96,7 +96,7 @@ def command(
         options.append(Option("-incoming", "defer"))
     groups = (host.kvm_group,) if host.kvm_group is not None and identity.accelerator == "kvm" else ()
     ram = RamImage(files.ram, spec.memory) if files.ram else None
-    return Plan(host.qemu.path, tuple(options), tuple(handed), ram, identity.uid, groups)
+    return Plan(host.qemu.path, tuple(options), tuple(handed), ram, devices.taps(spec, identity), identity.uid, groups)
 
 
 def _machine(spec: VMSpec, identity: Identity, host: HostFacts, memory: Memory) -> list[Option]:

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from innkeeper.plan import pci
 from innkeeper.plan.chain import Chain, Layer
 from innkeeper.plan.identity import Identity
-from innkeeper.plan.options import Constants, Json, Option
+from innkeeper.plan.network import tap_name
+from innkeeper.plan.options import Constants, Json, Option, Tap
 from innkeeper.plan.rebirth import PORT as REBIRTH_PORT
 from innkeeper.spec.disk import DiskSpec
 from innkeeper.spec.nic import NicSpec
@@ -156,11 +157,19 @@ def nics(spec: VMSpec, identity: Identity) -> list[Option]:
         }
         if nic.mode == "user":
             options.append(Option("-netdev", _user_netdev(index, nic, identity.ssh_port if index == 0 else None)))
+        if nic.mode != "none":
             device["netdev"] = f"net{index}"
         if nic.model == "virtio":
             device["romfile"] = ""  # no network boot: nothing to wait for, and one file less from the host
         options.append(Option("-device", device))
     return options
+
+
+def taps(spec: VMSpec, identity: Identity) -> tuple[Tap, ...]:
+    """What the NICs in networks are plugged into."""
+    return tuple(
+        Tap(f"net{index}", tap_name(identity.id, index)) for index, nic in enumerate(spec.nics) if nic.mode == "network"
+    )
 
 
 def _user_netdev(index: int, nic: NicSpec, ssh_port: int | None) -> Json:

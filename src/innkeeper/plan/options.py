@@ -69,6 +69,18 @@ class RamImage:
 
 
 @dataclass(frozen=True)
+class Tap:
+    """A NIC in a network: QEMU gets the descriptor of the tap `name`, which it may not open by itself."""
+
+    netdev: str
+    name: str
+
+    def option(self, fd: int) -> Option:
+        """The netdev of a QEMU that inherits the tap as `fd`."""
+        return Option("-netdev", {"type": "tap", "id": self.netdev, "fd": str(fd)})
+
+
+@dataclass(frozen=True)
 class Plan:
     """What exactly will run. No choice is left after it."""
 
@@ -79,6 +91,8 @@ class Plan:
     open by itself, such as an ISO in somebody's home."""
     ram: RamImage | None = None
     """The guest's memory when it goes on from a captured one; the option for it is made when QEMU is spawned."""
+    taps: tuple[Tap, ...] = ()
+    """NICs in networks; the options for them are made when QEMU is spawned."""
     uid: int | None = None
     groups: tuple[int, ...] = ()
 

@@ -11,6 +11,7 @@ import os
 import resource
 import signal
 import subprocess
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,9 +94,9 @@ def _ending(code: int, status: int) -> str:
         return f"QEMU was killed by signal {status}"
 
 
-def spawn(plan: Plan, home: Home, vm_id: str, ram: int | None = None) -> Process:
-    """Start QEMU as the plan says, in the VM's folder. `ram` is the descriptor for `plan.ram`, which stays the
-    caller's. Raises `QemuFailed`, `InvalidInput` for an unreadable ISO."""
+def spawn(plan: Plan, home: Home, vm_id: str, ram: int | None = None, taps: Sequence[int] = ()) -> Process:
+    """Start QEMU as the plan says, in the VM's folder. `ram` is the descriptor for `plan.ram`, `taps` are those for
+    `plan.taps`; they stay the caller's. Raises `QemuFailed`, `InvalidInput` for an unreadable ISO."""
     cwd = home.vm(vm_id)
     environment = {
         "PATH": "/usr/sbin:/usr/bin:/sbin:/bin",
@@ -112,6 +113,8 @@ def spawn(plan: Plan, home: Home, vm_id: str, ram: int | None = None) -> Process
         if plan.ram is not None:
             assert ram is not None
             arguments += plan.ram.option(ram).words()
+        for tap, fd in zip(plan.taps, taps, strict=True):
+            arguments += tap.option(fd).words()
         with (cwd / LOG).open("ab") as log:
             child = subprocess.Popen(
                 arguments,
@@ -120,7 +123,7 @@ def spawn(plan: Plan, home: Home, vm_id: str, ram: int | None = None) -> Process
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                pass_fds=opened if ram is None else [*opened, ram],
+                pass_fds=[*opened, *taps, *([] if ram is None else [ram])],
                 start_new_session=True,
                 umask=0o077,
                 **_privileges(plan),

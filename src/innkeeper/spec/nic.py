@@ -1,4 +1,4 @@
-"""A network card of a VM. The backbone knows user-mode networking; bridges and NAT come with `network/`."""
+"""A network card of a VM: QEMU's user-mode NAT, a network of ours, or a cable that is not plugged in."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import ipaddress
 import re
 from typing import Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
-from innkeeper.spec.quantity import Model
+from innkeeper.spec.quantity import Model, Name
 
 
 class PortForward(Model):
@@ -34,12 +34,23 @@ _MAC = re.compile(r"[0-9a-f]{2}(:[0-9a-f]{2}){5}")
 class NicSpec(Model):
     """One network card."""
 
-    mode: Literal["user", "none"] = Field(
-        default="user", description="user: QEMU's own NAT, needs no privilege; none: cable not plugged in"
+    mode: Literal["user", "network", "none"] = Field(
+        default="user",
+        description="user: QEMU's own NAT, needs no privilege; network: the one that `network` names; "
+        "none: cable not plugged in",
     )
+    network: Name | None = Field(default=None, description="The network that it is plugged into")
     model: Literal["virtio", "e1000e"] = "virtio"
     mac: str | None = Field(default=None, description="Made from the VM's id when absent")
     publish: tuple[PortForward, ...] = ()
+
+    @model_validator(mode="after")
+    def _plugged_in_somewhere(self) -> NicSpec:
+        if (self.mode == "network") != (self.network is not None):
+            raise ValueError(
+                f"mode {self.mode!r} and network {self.network!r} do not fit: mode network names its network"
+            )
+        return self
 
     @field_validator("mac")
     @classmethod

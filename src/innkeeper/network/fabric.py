@@ -1,0 +1,228 @@
+"""All networks of this host: what should be there, and bringing the host to that.
+
+`Fabric` knows the networks and the NICs in them as values. Every change goes through it, one at a time, and may be
+asked for twice; `heal` looks whether the host still has it all, and puts back what is missing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from pathlib import Path
+
+from innkeeper.base.errors import NetworkFailed, NotFound, Unsupported
+from innkeeper.network import firewall, forwarding, links
+from innkeeper.network.resolver import Resolver
+from innkeeper.network.watch import Watch
+from innkeeper.plan import ruleset
+from innkeeper.plan.network import Network, Nic, Subnet
+
+OWNER = "\0innkeeper-networks"
+"""A name of the network namespace (unix(7)): whoever has it bound manages the networks there."""
+
+
+class Fabric:
+    """The networks of one daemon. Nothing of the host is touched as long as there is none."""
+
+    def __init__(self, folder: Path, home: Path) -> None:
+        self._folder, self._home = folder, home
+        self._networks: dict[str, Network] = {}
+        self._nics: dict[str, tuple[Nic, ...]] = {}
+        self._resolvers: dict[str, Resolver] = {}
+        self._lock = asyncio.Lock()
+        self._owner: socket.socket | None = None
+        self.watch = Watch()
+
+    @property
+    def has_networks(self) -> bool:
+        return bool(self._networks)
+
+    async def begin(self, networks: Iterable[Network], nics: Mapping[str, tuple[Nic, ...]]) -> None:
+        """Make all of it be there, after a start of the daemon or of the host."""
+        async with self._lock:
+            self._own()
+            self._networks = {network.id: network for network in networks}
+            self._nics = {vm: cards for vm, cards in nics.items() if cards}
+            names = {network.bridge for network in self._networks.values()}
+            for stray in set(await links.bridges()) - names:
+                await links.remove_bridge(stray)
+            await firewall.apply(self._rules())
+            await self._everything()
+
+    async def add(self, network: Network) -> None:
+        """One more network. Raises `Unsupported`, `ToolMissing`, `NetworkFailed`; `remove` undoes what was done."""
+        async with self._lock:
+            self._own()
+            self._networks[network.id] = network
+            await firewall.apply(self._rules())
+            await self._everything()
+
+    async def remove(self, network: Network) -> None:
+        """The network is gone from the host, and with the last one everything else of ours."""
+        async with self._lock:
+            self._networks.pop(network.id, None)
+            await self._resolver(network).end()
+            self._resolvers.pop(network.id)
+            await firewall.apply(self._rules() if self._networks else ruleset.clear())
+            await links.remove_bridge(network.bridge)
+            if not self._routed():
+                forwarding.put_back(self._record)
+            if not self._networks:
+                self._disown()
+
+    async def set_vm(self, vm: str, nics: tuple[Nic, ...]) -> None:
+        """What a VM has of NICs in networks; none for one that is gone. One transaction of its own rules only."""
+        async with self._lock:
+            before = self._nics.get(vm, ())
+            if before == nics:
+                return
+            commands = _difference(before, nics)
+            self._nics[vm] = nics
+            if not nics:
+                del self._nics[vm]
+            try:
+                if commands:
+                    await firewall.apply(commands)
+            except NetworkFailed:  # somebody has taken away what they build upon
+                await firewall.apply(self._rules())
+            for network in {nic.network for nic in (*before, *nics)} & self._networks.keys():
+                await self._resolver(self._networks[network]).ensure(self._of(network))
+            await _end_connections(before, nics)
+
+    async def open_taps(self, vm: str, names: Iterable[str]) -> list[int]:
+        """Descriptors of new taps, plugged into their bridges. The caller's to close once QEMU has them."""
+        async with self._lock:
+            nics = {nic.tap: nic for nic in self._nics.get(vm, ())}
+            opened: list[int] = []
+            try:
+                for name in names:
+                    if name not in nics:
+                        raise NotFound(f"{name} is in no network", hint="inn info shows the VM's NICs")
+                    opened.append(links.open_tap(name))
+                await links.ensure_attached({name: self._networks[nics[name].network].bridge for name in names})
+            except BaseException:
+                for fd in opened:
+                    os.close(fd)
+                raise
+            return opened
+
+    async def heal(self, *, look_at_rules: bool) -> list[str]:
+        """Put back what is missing; what that was, in sentences. The rules take longer to look at than all else."""
+        async with self._lock:
+            if not self._networks:
+                return []
+            found = await self._everything()
+            if look_at_rules and not await firewall.is_whole(self._rules()):
+                await firewall.apply(self._rules())
+                found.append("the firewall's tables had been changed by another program: restored")
+            return found
+
+    def leases(self, network: str) -> dict[str, str]:
+        """MAC → address of the cards that have asked for one."""
+        found = self._resolvers.get(network)
+        return found.leases() if found else {}
+
+    async def subnets_of_host(self) -> dict[Subnet, str]:
+        """What the host reaches by which device, its bridges of ours left out."""
+        ours = {network.bridge for network in self._networks.values()}
+        return {subnet: device for subnet, device in (await links.routes()).items() if device not in ours}
+
+    async def dropped(self) -> dict[str, int]:
+        """Packets that each tap had no right to send, since the rules were made."""
+        return await firewall.dropped()
+
+    def release(self) -> None:
+        """The daemon leaves; the networks stay."""
+        self._disown()
+
+    # --- the parts ---
+
+    async def _everything(self) -> list[str]:
+        """All but the rules is there; sentences about what was not."""
+        found = []
+        for network in self._networks.values():
+            if await links.ensure_bridge(network):
+                found += [f"bridge {network.bridge} of network {network.name} had been removed or changed: restored"]
+        taps = {nic.tap: self._networks[nic.network].bridge for cards in self._nics.values() for nic in cards}
+        if taps and (lost := await links.ensure_attached(taps)):
+            found.append(f"{len(lost)} NICs had lost their bridge: plugged in again")
+        for network in self._networks.values():
+            if await self._resolver(network).ensure(self._of(network.id)):
+                found += [f"the dnsmasq of network {network.name} had ended: started again"]
+        if self._routed() and not forwarding.is_on():
+            self._folder.mkdir(mode=0o755, parents=True, exist_ok=True)
+            forwarding.switch_on(self._record)
+            found.append("forwarding between the host's networks was off: switched on")
+        return found
+
+    def _rules(self) -> list[ruleset.Command]:
+        return ruleset.everything(self._networks.values(), [nic for cards in self._nics.values() for nic in cards])
+
+    def _of(self, network: str) -> list[Nic]:
+        return [nic for cards in self._nics.values() for nic in cards if nic.network == network]
+
+    def _resolver(self, network: Network) -> Resolver:
+        if network.id not in self._resolvers:
+            self._resolvers[network.id] = Resolver(network, self._folder / network.id, self._home)
+        return self._resolvers[network.id]
+
+    def _routed(self) -> bool:
+        return any(network.mode == "nat" for network in self._networks.values())
+
+    @property
+    def _record(self) -> Path:
+        return self._folder / "forwarding.json"
+
+    def _own(self) -> None:
+        if self._owner is not None:
+            return
+        if os.geteuid() != 0:
+            raise Unsupported(
+                "networks are made by root, and this daemon runs as a plain user",
+                hint="the user-mode NAT of a VM without --network needs no privilege",
+            )
+        firewall.need("nft", "dnsmasq", "conntrack")
+        if not Path("/dev/net/tun").exists():
+            raise Unsupported("this kernel has no /dev/net/tun, so a guest cannot be plugged into a network")
+        owner = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            owner.bind(OWNER)
+        except OSError:
+            owner.close()
+            raise Unsupported(
+                "another innkeeperd manages the networks of this host", hint="use that one, or end it"
+            ) from None
+        self._owner = owner
+        self.watch.begin()
+
+    def _disown(self) -> None:
+        if self._owner is not None:
+            self._owner.close()
+            self._owner = None
+            self.watch.end()
+
+
+def _difference(before: tuple[Nic, ...], after: tuple[Nic, ...]) -> list[ruleset.Command]:
+    """From the rules of these NICs to the rules of those."""
+    old, new = {nic.tap: nic for nic in before}, {nic.tap: nic for nic in after}
+    commands: list[ruleset.Command] = []
+    for tap in old.keys() - new.keys():
+        commands += ruleset.nic_removed(old[tap])
+    for tap, nic in new.items():
+        if tap not in old:
+            commands += ruleset.nic_added(nic)
+        elif old[tap] != nic:
+            commands += [*ruleset.publish_changed(old[tap], nic), *ruleset.nic_added(nic)]
+    return commands
+
+
+async def _end_connections(before: tuple[Nic, ...], after: tuple[Nic, ...]) -> None:
+    """Of ports that are published no more, or elsewhere."""
+    now = {(nic.address, forward) for nic in after for forward in nic.publish}
+    gone = {(nic.address, forward) for nic in before for forward in nic.publish} - now
+    for address, forward in gone:
+        with suppress(NetworkFailed):
+            await firewall.end_connections(forward.protocol, forward.host, address)

@@ -1,0 +1,125 @@
+"""Bridges and taps, through netlink. Touches only links of our names (plan/network.py)."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import struct
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from innkeeper.base.errors import NetworkFailed
+from innkeeper.plan.network import BRIDGE, Network, Subnet
+
+TUNSETIFF, IFF_TAP, IFF_NO_PI, IFF_VNET_HDR = 0x400454CA, 0x2, 0x1000, 0x4000
+"""linux/if_tun.h."""
+NODAD, UP, MAIN = 0x2, 0x1, 254
+"""linux/if_addr.h: do not look whether others have the address; linux/if.h; linux/rtnetlink.h."""
+
+
+@asynccontextmanager
+async def _netlink() -> AsyncIterator[Any]:
+    # Imported here: it takes a third of a second, and a host without networks never needs it.
+    from pyroute2 import AsyncIPRoute
+    from pyroute2.netlink.exceptions import NetlinkError
+
+    try:
+        async with AsyncIPRoute() as netlink:
+            yield netlink
+    except NetlinkError as error:
+        raise NetworkFailed(f"the kernel refused a change of the network: {error}") from None
+
+
+async def ensure_bridge(network: Network) -> bool:
+    """The bridge is there, up and has its addresses. True where something of that was missing."""
+    missing = False
+    wanted = {(network.gateway, network.subnet.prefixlen)}
+    if network.prefix:
+        wanted.add((str(network.gateway6), network.prefix.prefixlen))
+    async with _netlink() as netlink:
+        index = await _index(netlink, network.bridge)
+        if index is None:
+            missing = True
+            await netlink.link(
+                "add", ifname=network.bridge, kind="bridge", address=network.mac, br_stp_state=0, br_forward_delay=0
+            )
+            index = await _index(netlink, network.bridge)
+        _set(f"ipv6/conf/{network.bridge}/accept_ra", "0")
+        _set(f"ipv6/conf/{network.bridge}/accept_dad", "0")
+        # What the host publishes on its loopback only: its answers come back through the bridge.
+        _set(f"ipv4/conf/{network.bridge}/route_localnet", "1" if network.mode == "nat" else "0")
+        (link,) = await netlink.link("get", index=index)
+        if not link["flags"] & UP:
+            missing = True
+            await netlink.link("set", index=index, state="up")
+        there = {(found.get("address"), found["prefixlen"]) async for found in await netlink.get_addr(index=index)}
+        for address, length in wanted - there:
+            missing = True
+            flags = {"flags": NODAD} if ":" in address else {}
+            await netlink.addr("replace", index=index, address=address, prefixlen=length, **flags)
+    return missing
+
+
+async def ensure_attached(taps: Mapping[str, str]) -> list[str]:
+    """Each tap that is there, by name, is up and a port of its bridge. Returns those that were not."""
+    changed = []
+    async with _netlink() as netlink:
+        links = {link.get("ifname"): link async for link in await netlink.get_links()}
+        for tap, bridge in taps.items():
+            link, master = links.get(tap), links.get(bridge)
+            if link is None or master is None or (link.get("master") == master["index"] and link["flags"] & UP):
+                continue
+            _set(f"ipv6/conf/{tap}/disable_ipv6", "1")  # the host has nothing to say on it
+            await netlink.link("set", index=link["index"], master=master["index"], state="up")
+            changed.append(tap)
+    return changed
+
+
+async def remove_bridge(name: str) -> None:
+    """The bridge away, if it is there."""
+    async with _netlink() as netlink:
+        if (index := await _index(netlink, name)) is not None:
+            await netlink.link("del", index=index)
+
+
+async def bridges() -> list[str]:
+    """Names of all bridges of ours."""
+    async with _netlink() as netlink:
+        names = [link.get("ifname") async for link in await netlink.get_links()]
+    return [name for name in names if name.startswith(BRIDGE)]
+
+
+async def routes() -> dict[Subnet, str]:
+    """IPv4 destinations of the main routing table, with the device that each leads through."""
+    found = {}
+    async with _netlink() as netlink:
+        names = {link["index"]: link.get("ifname") async for link in await netlink.get_links()}
+        async for route in await netlink.get_routes(family=2):
+            if route.get("table") == MAIN and route.get("dst"):
+                found[Subnet(f"{route.get('dst')}/{route['dst_len']}")] = names.get(route.get("oif")) or "no device"
+    return found
+
+
+def open_tap(name: str) -> int:
+    """Make a tap and return its descriptor. It lives as long as somebody has that descriptor open: QEMU, which outlives
+    the daemon; so none is left behind when a guest ends, however it ends."""
+    fd = os.open("/dev/net/tun", os.O_RDWR | os.O_CLOEXEC)
+    try:
+        flags = IFF_TAP | IFF_NO_PI | IFF_VNET_HDR
+        fcntl.ioctl(fd, TUNSETIFF, struct.pack("16sH22x", name.encode(), flags))
+    except OSError as error:
+        os.close(fd)
+        raise NetworkFailed(f"tap {name} cannot be made: {error.strerror}") from None
+    return fd
+
+
+async def _index(netlink: Any, name: str) -> int | None:
+    found: list[int] = await netlink.link_lookup(ifname=name)
+    return found[0] if found else None
+
+
+def _set(path: str, value: str) -> None:
+    with suppress(OSError):  # no IPv6 in this kernel
+        Path("/proc/sys/net", path).write_text(value)

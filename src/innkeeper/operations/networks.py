@@ -1,0 +1,107 @@
+"""Networks and the addresses in them as documents, and the way from those to the host (network/fabric.py).
+
+`network/<id>` is a network, `address/<network id>/<address>` says whose NIC has an address: {id, name, nic} of its VM.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager, suppress
+from time import monotonic
+
+from innkeeper.base.errors import ActionRefused, InnkeeperError
+from innkeeper.operations.world import World
+from innkeeper.plan.network import Network, Nic, free_address, network_of, nics_of
+from innkeeper.plan.options import Tap
+from innkeeper.spec.vm import VMSpec
+from innkeeper.store.contract import Value
+
+LOOK_EVERY, RULES_EVERY = 1.0, 30.0
+"""Seconds between two looks at the host without any news from its kernel; at the rules, which take longer."""
+SETTLE = 0.2
+"""Seconds for which news may go on to arrive."""
+
+
+async def networks(world: World) -> dict[str, Network]:
+    """All networks that are there to stay, by name."""
+    documents = [document.value for document in await world.store.list("network/")]
+    return {value["name"]: network_of(value) for value in documents if value["state"] != "deleting"}
+
+
+async def nics(world: World, vm: Value, known: dict[str, Network] | None = None) -> tuple[Nic, ...]:
+    """The NICs of a VM that are in networks."""
+    if not any(nic.get("network") for nic in vm["spec"]["nics"]):
+        return ()
+    addresses = {
+        (document.key.split("/")[1], document.value["nic"]): document.key.split("/")[2]
+        for document in await world.store.list("address/")
+        if document.value["id"] == vm["id"]
+    }
+    return nics_of(vm, known or await networks(world), addresses)
+
+
+async def claim_addresses(world: World, spec: VMSpec, owner: Value) -> dict[str, Value]:
+    """The address documents that a VM with this spec needs; those that it has already stay. Raises `NotFound`,
+    `Unsupported` where a network is full."""
+    claims: dict[str, Value] = {}
+    for index, nic in enumerate(spec.nics):
+        if nic.network is None:
+            continue
+        document = await world.find("network", nic.network)
+        if document["state"] != "active":
+            raise ActionRefused(f"network {nic.network} is {document['state']}", hint="inn network ls")
+        network, prefix = network_of(document), f"address/{document['id']}/"
+        held = {found.key.removeprefix(prefix): found.value for found in await world.store.list(prefix)}
+        mine = next((at for at, who in held.items() if (who["id"], who["nic"]) == (owner["id"], index)), None)
+        taken = held.keys() | {key.removeprefix(prefix) for key in claims}
+        claims[prefix + (mine or free_address(network, taken))] = owner | {"nic": index}
+    return claims
+
+
+async def follow(world: World, vm_id: str) -> None:
+    """Have the host know what the documents say of a VM's NICs: nothing, once it is gone."""
+    if not world.fabric.has_networks:
+        return
+    document = await world.store.get(f"vm/{vm_id}")
+    await world.fabric.set_vm(vm_id, await nics(world, document.value) if document else ())
+
+
+@asynccontextmanager
+async def plugged_in(world: World, vm: Value, taps: Sequence[Tap]) -> AsyncIterator[list[int]]:
+    """Descriptors of the taps of a VM that is about to start, with its rules in force before its first packet."""
+    if not taps:
+        yield []
+        return
+    await follow(world, vm["id"])
+    opened = await world.fabric.open_taps(vm["id"], [tap.name for tap in taps])
+    try:
+        yield opened
+    finally:
+        for fd in opened:
+            os.close(fd)
+
+
+async def begin(world: World) -> None:
+    """After a start of the daemon: the host has what the documents say. It starts also where that fails."""
+    if known := await networks(world):
+        await world.fabric.begin(known.values(), {vm["id"]: await nics(world, vm, known) for vm in await world.vms()})
+
+
+async def keep(world: World) -> None:
+    """Runs for as long as the daemon does: what somebody takes away from the networks is put back."""
+    looked = monotonic()
+    while True:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(LOOK_EVERY):
+                await world.fabric.watch.news.wait()
+        news = world.fabric.watch.news.is_set()
+        if news:
+            await asyncio.sleep(SETTLE)
+            world.fabric.watch.news.clear()
+        rules = news or monotonic() - looked > RULES_EVERY
+        looked = monotonic() if rules else looked
+        with suppress(InnkeeperError):  # it is tried again
+            for text in await world.fabric.heal(look_at_rules=rules):
+                await world.events.append("network.healed", text, level="warning")

@@ -1,0 +1,69 @@
+"""The files of a network's dnsmasq (dnsmasq(8)): DHCP by MAC, router advertisements, and names of guests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from innkeeper.plan.network import Network, Nic
+
+CONFIG, HOSTS, LEASES = "dnsmasq.conf", "hosts", "leases/leases"
+DHCP_HOSTS = "dhcp-hosts"
+
+
+def config(network: Network, folder: str, user: str) -> str:
+    """dnsmasq.conf. Addresses go only to cards that are known; names that clients give themselves count for nothing."""
+    lines = [
+        f"interface={network.bridge}",
+        "except-interface=lo",
+        "bind-dynamic",
+        f"user={user}",
+        "group=nogroup",
+        "pid-file=",
+        "log-facility=-",
+        "no-hosts",
+        "domain-needed",
+        "bogus-priv",
+        f"domain={network.domain}",
+        f"local=/{network.domain}/",
+        f"addn-hosts={folder}/{HOSTS}",
+        f"dhcp-hostsfile={folder}/{DHCP_HOSTS}",
+        f"dhcp-leasefile={folder}/{LEASES}",
+        f"dhcp-range={network.subnet.network_address},static,{network.subnet.netmask},12h",
+        "dhcp-authoritative",
+        "dhcp-ignore-names",
+        "no-ping",
+    ]
+    if network.mode != "nat":
+        lines += ["no-resolv", "dhcp-option=option:router"]  # nobody to ask, and no way out
+    if network.prefix:
+        lines += [f"dhcp-range={network.prefix.network_address},ra-stateless,64,12h", "enable-ra"]
+        if network.mode != "nat":
+            lines.append(f"ra-param={network.bridge},0,0")
+    return "\n".join(lines) + "\n"
+
+
+def hosts(network: Network, nics: Iterable[Nic]) -> str:
+    """Names and addresses, as hosts(5)."""
+    lines = []
+    for nic in nics:
+        for address in filter(None, (nic.address, nic.address6)):
+            lines += [f"{address} {nic.name}.{network.domain} {nic.name}"]
+    return "".join(f"{line}\n" for line in lines)
+
+
+def dhcp_hosts(nics: Iterable[Nic]) -> str:
+    """MAC and address, one card per line."""
+    return "".join(f"{nic.mac},{nic.address}\n" for nic in nics)
+
+
+def leases(text: str) -> dict[str, str]:
+    """MAC → IPv4 address of what dnsmasq has given out: its file has `expiry mac address name client-id` in each line,
+    and IPv6 after a line `duid …`."""
+    found = {}
+    for line in text.splitlines():
+        words = line.split()
+        if words[:1] == ["duid"]:
+            break
+        if len(words) >= 3:
+            found[words[1].lower()] = words[2]
+    return found
