@@ -60,6 +60,9 @@ def built_image(name: str) -> tuple[Path, dict]:
 class Daemon:
     """A real innkeeperd on a folder of its own."""
 
+    namespace: str | None = None
+    """The network namespace it runs in, where that is not the machine's."""
+
     def __init__(self, folder: Path, pool: Path | None = None) -> None:
         self.home = Home(folder, folder / "run", pool or folder)
         self.inn = Innkeeper(self.home.socket)
@@ -94,10 +97,11 @@ class Daemon:
         if self._pool:
             env["INNKEEPER_POOL"] = str(self._pool)
         self.home.data.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-m", "innkeeper.server.daemon"]
+        if self.namespace:  # not `ip netns exec`, which hides the cgroups
+            command = ["nsenter", f"--net=/run/netns/{self.namespace}", *command]
         with self.home.daemon_log.open("ab") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "innkeeper.server.daemon"], env=env, stdout=log, stderr=log
-            )
+            self.process = subprocess.Popen(command, env=env, stdout=log, stderr=log)
         if wait:
             self.wait()
         return self
@@ -207,10 +211,11 @@ def _sweep() -> None:
 
 
 @contextmanager
-def running_daemon(*images: str) -> Iterator[Daemon]:
-    """A daemon with these images, running."""
+def running_daemon(*images: str, namespace: str | None = None) -> Iterator[Daemon]:
+    """A daemon with these images, running; in a network namespace where one is named."""
     CACHE.mkdir(mode=0o711, exist_ok=True)
     daemon = Daemon(_folder())
+    daemon.namespace = namespace
     try:
         for image in images:
             daemon.add_image(image)

@@ -34,11 +34,12 @@ USER_DATA = A(("--user-data",), "cloud-init user-data; - is stdin", {"metavar": 
 
 SNAPSHOT = A(("snapshot",), "name or id of the snapshot", {"metavar": "SNAP"})
 
-MACHINES, IMAGES, SNAPSHOTS, COPIES_OF, INSIDE, AS_FILES, HOST = (
+MACHINES, IMAGES, SNAPSHOTS, COPIES_OF, BETWEEN, INSIDE, AS_FILES, HOST = (
     "Virtual machines",
     "Images",
     "Snapshots",
     "Clones, templates, forks",
+    "Networks",
     "Inside a guest",
     "Declarative files",
     "Host and daemon",

@@ -24,6 +24,7 @@ from innkeeper.cli.arguments import (
     VMS,
 )
 from innkeeper.cli.commands_copies import COPIES
+from innkeeper.cli.commands_networks import NETWORKS
 from innkeeper.cli.parser import duration, lifetime, ports, size
 from innkeeper.cli.table import Argument as A
 from innkeeper.cli.table import Command as C
@@ -57,6 +58,7 @@ COMMANDS: tuple[C, ...] = (
                 "host port that leads into the guest: [ADDRESS:]HOST:GUEST[/udp]; may be repeated",
                 {"metavar": "PORTS", "action": "append", "type": ports},
             ),
+            A(("--network",), "network to join, made with inn network create", {"metavar": "NETWORK"}, "network"),
             A(("--nic",), "user: NAT (default); none: cable not plugged in", {"choices": ("user", "none")}),
             A(
                 ("--env", "-e"),
@@ -404,6 +406,7 @@ COMMANDS: tuple[C, ...] = (
         "document",
     ),
     *COPIES,
+    *NETWORKS,
     C(
         "apply",
         AS_FILES,

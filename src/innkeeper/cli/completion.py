@@ -17,6 +17,7 @@ from innkeeper.client import Innkeeper
 NAMES = {
     "vm": "inn ls -o name",
     "image": "inn image ls -o name",
+    "network": "inn network ls -o name",
     "operation": "inn op ls -o name",
     "recipe": "inn image ls --recipes -o name",
 }

@@ -27,6 +27,8 @@ def launch(inn: Innkeeper, args: Namespace) -> int:
         raise usage_error(args, "name an image to start from, or a disc with --iso (images: inn image ls)")
     if args.nic == "none" and args.publish:
         raise usage_error(args, "--publish needs a network card whose cable is plugged in: drop --nic none")
+    if args.nic and args.network:
+        raise usage_error(args, "--network and --nic are two ways of saying where the card is plugged in: drop one")
     if args.iso and not Path(args.iso).is_file():
         raise usage_error(args, f"--iso {args.iso}: there is no such file")
     keys, private = _keys(inn, args)
@@ -39,6 +41,7 @@ def launch(inn: Innkeeper, args: Namespace) -> int:
         "iso": args.iso,
         "publish": args.publish or (),
         "nic": args.nic,
+        "network": args.network,
         "user": args.user,
         "ssh_keys": keys,
         "user_data": text(args, "user_data"),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any, Literal, NamedTuple
 
-Completes = Literal["", "vm", "image", "operation", "recipe", "file", "command"]
+Completes = Literal["", "vm", "image", "network", "operation", "recipe", "file", "command"]
 Output = Literal["", "document", "list"]
 
 

@@ -20,7 +20,7 @@ def ls(inn: Innkeeper, args: Namespace) -> int:
         for document in documents:
             terminal.say(document["name"])
     elif documents:
-        heads = ("NAME", "STATE", "IMAGE", "CPUS", "MEMORY", "PORTS", "SINCE", "NOTE")
+        heads = ("NAME", "STATE", "IMAGE", "CPUS", "MEMORY", "ADDRESS", "PORTS", "SINCE", "NOTE")
         terminal.say(terminal.table(heads, [_row(document) for document in documents]))
     else:
         terminal.note("no VMs yet; make one: inn launch debian-12")
@@ -34,6 +34,7 @@ def _row(vm: dict[str, Any]) -> tuple[Cell, ...]:
         vm.get("image") or "",
         str(vm["cpus"]),
         format_size(vm["memory"]),
+        vm["address"] if vm.get("address") not in (None, "127.0.0.1") else "",
         ports(vm),
         (format_age(age(vm["since"])), "dim") if vm.get("since") else "",
         remark(vm),
@@ -145,6 +146,8 @@ def _network(vm: dict[str, Any], spec: dict[str, Any], ssh: bool) -> list[tuple[
     lines: list[tuple[str, Any]] = []
     for index, nic in enumerate(spec.get("nics") or ()):
         mode = {"user": "user-mode NAT", "none": "cable not plugged in"}.get(nic.get("mode", ""), nic.get("mode", ""))
+        if nic.get("mode") == "network":
+            mode = f"in {nic['network']}" + (f", {vm['address']}" if not index and vm.get("address") else "")
         parts = (mode, nic.get("model"), nic.get("mac"))
         lines.append(("" if index else "Network", " · ".join(str(part) for part in parts if part)))
     for index, one in enumerate(forwards(vm)):

@@ -175,6 +175,29 @@ class Innkeeper:
         document: dict[str, Any] = self.call("GET", f"/images/{self.part(name)}/history")
         return document
 
+    # --- networks ---
+
+    def networks(self) -> list[dict[str, Any]]:
+        """All networks, with the cards that are in them."""
+        documents: list[dict[str, Any]] = self.call("GET", "/networks")
+        return documents
+
+    def network(self, name: str) -> dict[str, Any]:
+        """One network, with the cards that are in it."""
+        document: dict[str, Any] = self.call("GET", f"/networks/{self.part(name)}")
+        return document
+
+    def network_create(
+        self, name: str, *, mode: str = "nat", subnet: str | None = None, ipv6: bool = True, note: str = ""
+    ) -> Operation:
+        """Make a network: `mode` nat, host-only or internal; `subnet` like 10.77.0.0/24 or a free one."""
+        body = {"name": name, "mode": mode, "subnet": subnet, "ipv6": "auto" if ipv6 else "none", "note": note}
+        return self.operate("POST", "/networks", document=body)
+
+    def network_delete(self, name: str) -> Operation:
+        """Remove a network that no VM is in."""
+        return self.operate("DELETE", f"/networks/{self.part(name)}")
+
     # --- VMs ---
 
     def vms(self) -> list[dict[str, Any]]:

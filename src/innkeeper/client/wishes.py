@@ -41,6 +41,7 @@ def vm_spec(
     iso: str | os.PathLike[str] | None = None,
     publish: Iterable[str] = (),
     nic: str | None = None,
+    network: str | None = None,
     user: str | None = None,
     ssh_keys: Iterable[str] = (),
     user_data: str | None = None,
@@ -62,7 +63,11 @@ def vm_spec(
         "env": dict(env or {}),
     }
     forwards = [parse_publish(text) for text in publish]
-    card: dict[str, Any] = {"mode": nic or "user", "publish": forwards}
+    card: dict[str, Any] = {"mode": "network" if network else nic or "user", "publish": forwards}
+    if network and nic:
+        raise InvalidInput(f"a card cannot be in network {network} and of mode {nic}", hint="drop one of the two")
+    if network:
+        card["network"] = network
     if nic == "none" and forwards:
         raise InvalidInput("ports cannot be published without a network card's cable", hint="drop `nic=none`")
     wish: dict[str, Any] = {
@@ -73,7 +78,7 @@ def vm_spec(
         "firmware": firmware,
         "iso": None if iso is None else str(Path(iso).absolute()),
         "disks": None,
-        "nics": [card] if nic or forwards else None,
+        "nics": [card] if nic or network or forwards else None,
         "first_boot": {key: value for key, value in first_boot.items() if value not in (None, [], {})} or None,
         "note": note or None,
     }

@@ -63,6 +63,7 @@ class Fabric:
     async def remove(self, network: Network) -> None:
         """The network is gone from the host, and with the last one everything else of ours."""
         async with self._lock:
+            self._own()
             self._networks.pop(network.id, None)
             await self._resolver(network).end()
             self._resolvers.pop(network.id)

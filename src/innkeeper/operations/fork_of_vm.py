@@ -15,6 +15,7 @@ from innkeeper.base.errors import ActionRefused, Conflict, NameTaken
 from innkeeper.base.ids import new_id
 from innkeeper.operations import vm_create
 from innkeeper.operations.engine import Context
+from innkeeper.operations.networks import claim_checks
 from innkeeper.operations.snapshots import MOST_NVRAM
 from innkeeper.operations.vm_clone import LASTING, MOST_SEED, copy_small, put_overlays
 from innkeeper.plan.chain import layer_record
@@ -66,7 +67,7 @@ async def claim(ctx: Context) -> None:
     while True:
         stamp = now()
         writes, slot, ssh_port = await vm_create.claims(ctx, spec)
-        checks = dict.fromkeys(writes, 0)
+        checks = await claim_checks(world, writes)
         identity = clone_identity(assign(ctx.data["vm"], slot, spec, host, ssh_port), then, keep_identity=False)
         record = vm_record(spec, identity, source["image"], ctx.data["layers"], stamp)
         writes[f"vm/{identity.id}"] = record | {

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager, suppress
 from time import monotonic
 
@@ -42,6 +42,13 @@ async def nics(world: World, vm: Value, known: dict[str, Network] | None = None)
     return nics_of(vm, known or await networks(world), addresses)
 
 
+async def reachable(world: World, vm: Value) -> Nic | None:
+    """The first card that the host itself reaches; to an internal network it has no way."""
+    known = await networks(world)
+    open_to_host = {network.id for network in known.values() if network.mode != "internal"}
+    return next((nic for nic in await nics(world, vm, known) if nic.network in open_to_host), None)
+
+
 async def claim_addresses(world: World, spec: VMSpec, owner: Value) -> dict[str, Value]:
     """The address documents that a VM with this spec needs; those that it has already stay. Raises `NotFound`,
     `Unsupported` where a network is full."""
@@ -50,14 +57,25 @@ async def claim_addresses(world: World, spec: VMSpec, owner: Value) -> dict[str,
         if nic.network is None:
             continue
         document = await world.find("network", nic.network)
-        if document["state"] != "active":
-            raise ActionRefused(f"network {nic.network} is {document['state']}", hint="inn network ls")
         network, prefix = network_of(document), f"address/{document['id']}/"
         held = {found.key.removeprefix(prefix): found.value for found in await world.store.list(prefix)}
         mine = next((at for at, who in held.items() if (who["id"], who["nic"]) == (owner["id"], index)), None)
         taken = held.keys() | {key.removeprefix(prefix) for key in claims}
         claims[prefix + (mine or free_address(network, taken))] = owner | {"nic": index}
     return claims
+
+
+async def claim_checks(world: World, claims: Iterable[str]) -> dict[str, int]:
+    """The revisions to claim these keys with: none of them exists, and the networks of the addresses among them are as
+    they are now, so that nobody joins one that is being deleted. Raises `ActionRefused`."""
+    checks = dict.fromkeys(claims, 0)
+    for key in {f"network/{key.split('/')[1]}" for key in checks if key.startswith("address/")}:
+        document = await world.store.get(key)
+        if document is None or document.value["state"] != "active":
+            state = f"{document.value['name']} is {document.value['state']}" if document else "is gone"
+            raise ActionRefused(f"the network {state}", hint="inn network ls")
+        checks[key] = document.revision
+    return checks
 
 
 async def follow(world: World, vm_id: str) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from innkeeper.operations import (
     image_make,
     image_verify,
+    network_create,
+    network_delete,
     rebirth,
     snapshot_create,
     snapshot_delete,
@@ -49,5 +51,7 @@ VERBS: dict[str, Verb] = {
         snapshot_restore.VERB,
         snapshot_delete.VERB,
         snapshot_measure.VERB,
+        network_create.VERB,
+        network_delete.VERB,
     )
 }

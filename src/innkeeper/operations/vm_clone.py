@@ -22,6 +22,7 @@ from innkeeper.operations.chains import layer_path
 from innkeeper.operations.consolidate import abandon, consolidate
 from innkeeper.operations.engine import Context, Step, Verb
 from innkeeper.operations.image_verify import check_untouched
+from innkeeper.operations.networks import claim_checks
 from innkeeper.operations.snapshots import MOST_NVRAM, all_layers, check_new, drop_layers, drop_nvram
 from innkeeper.operations.world import World
 from innkeeper.plan.chain import layer_record
@@ -65,7 +66,7 @@ async def claim(ctx: Context) -> None:
     spec = clone_spec(source, ctx.args["new"], keep_identity=keep)
     while True:
         writes, slot, ssh_port = await vm_create.claims(ctx, spec)
-        checks = dict.fromkeys(writes, 0)
+        checks = await claim_checks(world, writes)
         identity = clone_identity(assign(ctx.data["vm"], slot, spec, host, ssh_port), source, keep_identity=keep)
         record = vm_record(spec, identity, source["image"], ctx.data["tops"], now())
         writes[f"vm/{identity.id}"] = record | {

@@ -17,7 +17,7 @@ from innkeeper.network.ports import is_free, who_listens
 from innkeeper.operations.chains import chain, own_layers, role_of
 from innkeeper.operations.engine import Context, Step, Verb, busy
 from innkeeper.operations.image_verify import check_untouched
-from innkeeper.operations.networks import claim_addresses, follow
+from innkeeper.operations.networks import claim_addresses, claim_checks, follow
 from innkeeper.plan.chain import layer_record
 from innkeeper.plan.identity import SSH_PORT_BASE, assign
 from innkeeper.plan.record import vm_record
@@ -49,7 +49,7 @@ async def claim(ctx: Context) -> None:
         raise Unsupported("this host has no UEFI firmware for guests", hint="apt install ovmf")
     while True:
         writes, slot, ssh_port = await claims(ctx, spec)
-        checks = dict.fromkeys(writes, 0)
+        checks = await claim_checks(world, writes)
         identity = assign(ctx.data["vm"], slot, spec, host, ssh_port)
         image = await world.find("image", spec.image) if spec.image else None
         if image and (operation := image["operation"]):

@@ -15,6 +15,7 @@ from innkeeper.server import (
     routes_guest,
     routes_host,
     routes_images,
+    routes_networks,
     routes_snapshots,
     routes_vms,
 )
@@ -34,7 +35,10 @@ def create_app(context: Context | None = None) -> FastAPI:
         generate_unique_id_function=_operation_id,
     )
     app.state.context = context
-    for module in (routes_host, routes_forks, routes_images, routes_vms, routes_snapshots, routes_guest, routes_apply):
+    for module in (
+        routes_host, routes_forks, routes_images, routes_networks, routes_vms, routes_snapshots, routes_guest,
+        routes_apply,
+    ):  # fmt: skip
         app.include_router(module.router)
     problems.install(app)
     return app

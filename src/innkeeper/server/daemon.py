@@ -27,6 +27,7 @@ from innkeeper.base.errors import InnkeeperError, StoreFailed
 from innkeeper.base.home import Home
 from innkeeper.machine.machines import Machines
 from innkeeper.machine.states import LIVE
+from innkeeper.operations import networks
 from innkeeper.operations.engine import Engine
 from innkeeper.operations.expiry import expire
 from innkeeper.operations.fault import Faults
@@ -96,6 +97,7 @@ async def serve(home: Home) -> None:
         stop = asyncio.ensure_future(_signalled())
         serving = asyncio.ensure_future(server.serve([listener]))
         expiring = asyncio.ensure_future(expire(context.world, context.engine))
+        healing = asyncio.ensure_future(networks.keep(context.world))
         _tell_systemd("READY=1")
         log.info("ready", socket=str(home.socket), accelerator=context.world.verdict.name)
         await asyncio.wait({stop, serving}, return_when=asyncio.FIRST_COMPLETED)
@@ -103,8 +105,10 @@ async def serve(home: Home) -> None:
         server.should_exit = True
         await serving
         expiring.cancel()
+        healing.cancel()
         await context.engine.stop()
         await context.world.machines.release()
+        context.world.fabric.release()
         with suppress(OSError):
             home.socket.unlink()
         log.info("left; guests go on")
@@ -140,6 +144,10 @@ async def _bring_up(home: Home, store: SQLiteStore) -> Context:
     world = World(home, store, events, machines, verdict, qemu)
     engine = Engine(world, VERBS, Faults.from_environment())
     await machines.adopt()
+    try:
+        await networks.begin(world)
+    except InnkeeperError as error:
+        log.error("the networks are not as they should be; trying again", error=str(error))
     await _sweep(world)
     await engine.recover()
     await _settle(world, engine)
@@ -166,7 +174,13 @@ async def _sweep(world: World) -> None:
 
 
 async def _settle(world: World, engine: Engine) -> None:
-    """VMs between two states that no operation goes on with, since an undo or a deletion failed for good before."""
+    """VMs and networks between two states that no operation goes on with, since an undo or a deletion failed for good
+    before."""
+    for document in await world.store.list("network/"):
+        network = document.value
+        if network["state"] in ("creating", "deleting") and not network["operation"]:
+            target = {"kind": "network", "id": network["id"], "name": network["name"]}
+            await engine.submit("network-delete", target, {}, hold=document.key)
     for vm in await world.vms():
         machine, state = world.machines.get(vm["id"]), vm["state"]
         if vm["operation"]:

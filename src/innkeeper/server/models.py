@@ -109,6 +109,25 @@ class HistoryView(Open):
     versions: list[dict[str, JsonValue]]
 
 
+class NetworkView(Open):
+    """`cards`: {name, nic, address} of each card that is in it, by VM."""
+
+    id: str
+    name: str
+    mode: Literal["nat", "host-only", "internal"]
+    state: Literal["creating", "active", "deleting"]
+    subnet: str
+    prefix: str | None
+    gateway: str
+    gateway6: str | None
+    domain: str
+    bridge: str
+    note: str
+    created: str
+    operation: dict[str, JsonValue] | None
+    cards: list[dict[str, JsonValue]]
+
+
 class RecipeView(Open):
     name: str
     title: str

@@ -11,6 +11,7 @@ from fastapi.responses import JSONResponse
 from innkeeper.base.errors import InvalidInput, NameTaken, Unsupported
 from innkeeper.base.units import format_size
 from innkeeper.operations import vm_clone
+from innkeeper.operations.networks import reachable
 from innkeeper.operations.vm_create import arguments
 from innkeeper.operations.vm_delete import check_alone
 from innkeeper.operations.world import World
@@ -127,7 +128,9 @@ async def act_on_vm(ctx: Ctx, vm: VMName, action: Action, body: ActionRequest | 
 async def ssh(ctx: Ctx, vm: VMName) -> Response:
     found = await ctx.world.find("vm", vm)
     image = await ctx.world.find("image", found["image"]["id"]) if found["image"] else None
-    port = found["identity"]["ssh_port"]
+    port, address = found["identity"]["ssh_port"], "127.0.0.1"
+    if port is None and (card := await reachable(ctx.world, found)):
+        port, address = 22, card.address
     if port is None:
         raise Unsupported(f"{found['name']} has no network that this host can reach it by", hint="inn exec or console")
     if image is None or not image["cloud_init"]:
@@ -138,7 +141,7 @@ async def ssh(ctx: Ctx, vm: VMName) -> Response:
     secret = await ctx.world.store.get(f"secret/vm/{found['id']}")
     assert secret is not None
     answer: Value = {
-        "address": "127.0.0.1", "port": port, "user": user(found, image),
+        "address": address, "port": port, "user": user(found, image),
         "host_key": secret.value["host_key"]["public"], "alias": found["id"],
     }  # fmt: skip
     return JSONResponse(answer)

@@ -26,14 +26,16 @@ class VMViews:
         """All VMs, by name, as a JSON list."""
         documents = await self._world.store.list("vm/")
         images = await self._images()
-        rows = {d.value["name"]: self._row(d, images) for d in documents}
+        addresses = await self._addresses()
+        rows = {d.value["name"]: self._row(d, images, addresses.get(d.value["id"])) for d in documents}
         if len(self._encoded) > len(documents):
             self._encoded = {d.value["id"]: self._encoded[d.value["id"]] for d in documents}
         return b"[" + b",".join(rows[name] for name in sorted(rows)) + b"]"
 
     async def one(self, vm: Value) -> Value:
         """One VM, with what its disks take on the host."""
-        view = self._view(vm, self._world.machines.get(vm["id"]), await self._images())
+        address = (await self._addresses()).get(vm["id"])
+        view = self._view(vm, self._world.machines.get(vm["id"]), await self._images(), address)
         used = await asyncio.to_thread(used_by, view["pid"]) if view["pid"] else None
         snapshots = [d for d in await self._world.store.list("snapshot/") if d.value["vm"] == vm["id"]]
         return view | {
@@ -49,18 +51,29 @@ class VMViews:
     async def _images(self) -> dict[str, Value]:
         return {d.value["id"]: d.value for d in await self._world.store.list("image/")}
 
-    def _row(self, document: Document, images: dict[str, Value]) -> bytes:
+    async def _addresses(self) -> dict[str, str]:
+        """Of the first card of each VM that is in a network."""
+        documents = await self._world.store.list("address/")
+        documents.sort(key=lambda document: -int(document.value["nic"]))
+        return {document.value["id"]: document.key.split("/")[2] for document in documents}
+
+    def _row(self, document: Document, images: dict[str, Value], address: str | None) -> bytes:
         vm = document.value
         machine = self._world.machines.get(vm["id"])
-        state = (document.revision, machine.status if machine else None, (vm["image"] or {}).get("id") in images)
+        state = (
+            document.revision,
+            machine.status if machine else None,
+            (vm["image"] or {}).get("id") in images,
+            address,
+        )
         known = self._encoded.get(vm["id"])
         if known is not None and known[0] == state:
             return known[1]
-        text = json.dumps(self._view(vm, machine, images)).encode()
+        text = json.dumps(self._view(vm, machine, images, address)).encode()
         self._encoded[vm["id"]] = (state, text)
         return text
 
-    def _view(self, vm: Value, machine: Machine | None, images: dict[str, Value]) -> Value:
+    def _view(self, vm: Value, machine: Machine | None, images: dict[str, Value], address: str | None) -> Value:
         spec, identity = vm["spec"], vm["identity"]
         image = images.get(vm["image"]["id"]) if vm["image"] else None
         agent = machine is not None and machine.status.agent
@@ -82,7 +95,7 @@ class VMViews:
             "agent": agent,
             "pending": vm["pending"],
             "pid": machine.process.pid.number if machine and not machine.process.ended.done() else None,
-            "address": "127.0.0.1" if ssh_port else None,
+            "address": "127.0.0.1" if ssh_port else address,
             "ssh_port": ssh_port,
             "forwards": [forward for nic in spec["nics"] for forward in nic["publish"]],
             "user": user(vm, image),

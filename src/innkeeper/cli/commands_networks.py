@@ -1,0 +1,50 @@
+"""The commands for networks."""
+
+from __future__ import annotations
+
+from innkeeper.cli.arguments import BETWEEN, NO_WAIT
+from innkeeper.cli.table import Argument as A
+from innkeeper.cli.table import Command as C
+
+NETWORKS: tuple[C, ...] = (
+    C(
+        "network create",
+        BETWEEN,
+        "make a network for VMs to join",
+        "networks:create",
+        (
+            A(("name",), "its name", {"metavar": "NAME"}),
+            A(
+                ("--mode",),
+                "nat: guests reach out (default); host-only: they and the host; internal: they alone",
+                {"choices": ("nat", "host-only", "internal"), "default": "nat"},
+            ),
+            A(("--subnet",), "private IPv4, like 10.77.0.0/24; one that is free by default", {"metavar": "SUBNET"}),
+            A(("--no-ipv6",), "IPv4 only", {"action": "store_true"}),
+            A(("--note",), "free text for people", {"metavar": "TEXT", "default": ""}),
+            NO_WAIT,
+        ),
+        ("inn network create lab", "inn network create vault --mode internal --no-ipv6"),
+        "document",
+        "Needs a daemon that runs as root. Guests get their address by DHCP and find each other as NAME.inn.",
+    ),
+    C("network ls", BETWEEN, "list networks", "networks:ls", (), ("inn network ls",), "list"),
+    C(
+        "network info",
+        BETWEEN,
+        "everything about one network, and who is in it",
+        "networks:info",
+        (A(("network",), "name of the network", {"metavar": "NETWORK"}, "network"),),
+        ("inn network info lab",),
+        "document",
+    ),
+    C(
+        "network rm",
+        BETWEEN,
+        "remove networks that no VM is in",
+        "networks:remove",
+        (A(("networks",), "names of networks", {"metavar": "NETWORK", "nargs": "+"}, "network"), NO_WAIT),
+        ("inn network rm lab",),
+        "list",
+    ),
+)

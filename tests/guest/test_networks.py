@@ -1,0 +1,157 @@
+"""Networks with real guests, in a network namespace that plays the host; another one plays the internet."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import running_daemon
+from namespaces import namespace, run
+
+from innkeeper.client.errors import ApiError
+from innkeeper.client.wishes import vm_spec
+
+pytestmark = [pytest.mark.guest, pytest.mark.skipif(os.geteuid() != 0, reason="networks are made by root")]
+SERVER = """
+import http.server
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(self.client_address[0].encode())
+http.server.HTTPServer(("192.0.2.2", 80), Handler).serve_forever()
+"""
+
+
+def of_host(host):
+    """What networks may change of a host, and must put back."""
+    links = [link["ifname"] for link in json.loads(run(host, "ip", "-j", "link"))]
+    routes = run(host, "ip", "-j", "route") + run(host, "ip", "-j", "-6", "route")
+    sysctls = run(host, "sysctl", "net.ipv4.ip_forward", "net.ipv6.conf.all.forwarding")
+    return links, routes, run(host, "nft", "-j", "list", "ruleset"), sysctls
+
+
+def programs(host):
+    """What runs in a namespace: name → pid."""
+    pids = subprocess.run(["ip", "netns", "pids", host], capture_output=True, text=True, check=True).stdout.split()
+    return {Path(f"/proc/{pid}/comm").read_text().strip(): int(pid) for pid in pids}
+
+
+@pytest.fixture(scope="module")
+def internet():
+    with namespace("net") as name:
+        yield name
+
+
+@pytest.fixture(scope="module")
+def host(internet):
+    """The namespace of the daemon, with a way to the internet."""
+    with namespace("host") as name:
+        run(name, "ip", "link", "add", "wan", "type", "veth", "peer", "name", "eth0", "netns", internet)
+        for where, link, address in ((name, "wan", "192.0.2.1/24"), (internet, "eth0", "192.0.2.2/24")):
+            run(where, "ip", "addr", "add", address, "dev", link)
+            run(where, "ip", "link", "set", link, "up")
+        yield name
+
+
+@pytest.fixture(scope="module")
+def lab(host):
+    """A daemon with a nat network `lab` and two guests in it, `web` and `db`; at its end the host is as before."""
+    before = of_host(host)
+    with running_daemon("tiny", namespace=host) as daemon:
+        daemon.inn.network_create("lab").wait()
+        specs = [vm_spec(name, "tiny", memory="256M", disk="8M", network="lab") for name in ("web", "db")]
+        for operation in [daemon.inn.create(spec) for spec in specs]:
+            operation.wait()
+        yield daemon
+        for name in ("web", "db"):
+            daemon.inn.vm(name).delete(force=True)
+        daemon.inn.network_delete("lab").wait()
+        assert of_host(host) == before
+        assert "dnsmasq" not in programs(host)
+
+
+def sh(daemon, vm, command):
+    """Whether a shell command ends well in a guest, and what it says."""
+    done = daemon.inn.vm(vm).exec(["sh", "-c", command + " 2>&1"])
+    return done.exit_code == 0, done.stdout.decode()
+
+
+def test_guests_have_the_addresses_that_are_shown_and_find_each_other_by_name(lab):
+    addresses = {vm["name"]: vm["address"] for vm in lab.inn.vms()}
+    assert {card["name"]: card["address"] for card in lab.inn.network("lab")["cards"]} == addresses
+    for name, address in addresses.items():
+        assert f"inet {address}/24" in sh(lab, name, "ip -4 addr show eth0")[1]
+    for other in ("db.inn", addresses["db"]):
+        assert sh(lab, "web", f"ping -c 1 -W 10 {other}")[0], other
+
+
+def test_the_internet_sees_the_hosts_address(lab, internet):
+    inside = ["nsenter", f"--net=/run/netns/{internet}", sys.executable, "-c", SERVER]
+    with subprocess.Popen(inside, stderr=subprocess.DEVNULL) as server:
+        try:
+            assert eventually(lambda: ":80" in run(internet, "ss", "-ltn"))
+            assert sh(lab, "web", "wget -q -T 20 -O - http://192.0.2.2/") == (True, "192.0.2.1")
+        finally:
+            server.kill()
+
+
+def test_an_address_that_is_not_its_own_gets_a_guest_nowhere(lab):
+    db = lab.inn.vm("db").info["address"]
+    assert sh(lab, "web", f"ip addr add 10.77.0.99/24 dev eth0; ping -c 1 -W 5 {db}")[0]
+    assert not sh(lab, "web", f"ping -c 2 -W 3 -I 10.77.0.99 {db}; e=$?; ip addr del 10.77.0.99/24 dev eth0; exit $e")[
+        0
+    ]
+
+
+def test_a_network_with_vms_in_it_stays(lab):
+    with pytest.raises(ApiError, match="network lab is that of db, web"):
+        lab.inn.network_delete("lab")
+
+
+def eventually(look):
+    deadline = time.monotonic() + 60
+    while not look():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.2)
+    return True
+
+
+def no_dnsmasq(host):
+    os.kill(programs(host)["dnsmasq"], signal.SIGKILL)
+
+
+@pytest.mark.parametrize(
+    ("harm", "word"),
+    [
+        (lambda host, bridge: run(host, "nft", "flush", "ruleset"), "firewall"),
+        (lambda host, bridge: run(host, "ip", "link", "del", bridge), "bridge"),
+        (lambda host, bridge: no_dnsmasq(host), "dnsmasq"),
+    ],
+    ids=["rules", "bridge", "dnsmasq"],
+)
+def test_what_somebody_takes_away_is_put_back(lab, host, harm, word):
+    seen = {event["seq"] for event in lab.inn.events()}
+    harm(host, lab.inn.network("lab")["bridge"])
+
+    def healed():
+        return any(
+            event["kind"] == "network.healed" and word in event["text"]
+            for event in lab.inn.events()
+            if event["seq"] not in seen
+        )
+
+    assert eventually(healed), list(lab.inn.events())[-5:]
+    assert eventually(lambda: sh(lab, "web", "ping -c 1 -W 5 db.inn")[0])
+
+
+def test_guests_stay_connected_while_the_daemon_is_away(lab):
+    lab.kill()
+    lab.start()
+    assert sh(lab, "web", "ping -c 1 -W 10 db.inn")[0]
+    assert lab.inn.network("lab")["state"] == "active"
