@@ -17,8 +17,8 @@ import sys
 import time
 from pathlib import Path
 
-PR_SET_PDEATHSIG = 1
-"""prctl(2)."""
+PR_SET_PDEATHSIG, CLONE_NEWNET = 1, 0x40000000
+"""prctl(2), setns(2)."""
 
 
 class Forked:
@@ -84,11 +84,20 @@ def _serve() -> None:
             for source, target in ((null, 0), (log, 1), (log, 2)):
                 os.dup2(source, target)
             os.environ.update(order["env"])
+            if namespace := order["env"].get("TEST_NAMESPACE"):
+                _enter(namespace)
             vm_create.SSH_PORT_BASE = int(order["env"]["TEST_SSH_PORTS"])
             if image := order["env"].get("TEST_BUILT_IMAGE"):
                 _quick_build(Path(image))
             os._exit(daemon.main())
         print(pid, flush=True)
+
+
+def _enter(namespace: str) -> None:
+    """Go on in a network namespace; Python has no setns before 3.12."""
+    with Path(f"/run/netns/{namespace}").open() as file:
+        if ctypes.CDLL(None).setns(file.fileno(), CLONE_NEWNET):
+            os._exit(1)
 
 
 def _warm_up() -> None:

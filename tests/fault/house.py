@@ -18,6 +18,7 @@ from typing import Any
 from blake3 import blake3
 from conftest import CACHE, Daemon, _folder
 from forking import ForkServer
+from namespaces import programs, run
 
 from innkeeper.client.errors import ApiError, DaemonUnreachable
 from innkeeper.client.operation import Operation
@@ -65,7 +66,8 @@ def small_build() -> Path:
 class House(Daemon):
     """A daemon from the fork server."""
 
-    def __init__(self, real_builds: bool = False, pool: Path | None = None) -> None:
+    def __init__(self, real_builds: bool = False, pool: Path | None = None, namespace: str | None = None) -> None:
+        self.namespace = namespace
         CACHE.mkdir(mode=0o711, exist_ok=True)
         super().__init__(_folder(), pool)
         self.environment = {} if real_builds else {"TEST_BUILT_IMAGE": str(small_build())}
@@ -77,6 +79,7 @@ class House(Daemon):
             "INNKEEPER_POOL": str(self.home.pool),
             "INNKEEPER_FAULT": fault,
             "TEST_SSH_PORTS": str(20000 + os.getpid() % 200 * 50),  # every home counts from the same number
+            "TEST_NAMESPACE": self.namespace or "",
         }
         self.process = fork_server().fork(env, self.home.daemon_log)  # type: ignore[assignment]
         if wait:
@@ -111,6 +114,8 @@ class House(Daemon):
         for image in sorted(self.inn.images(), key=lambda image: not image["base"]):  # those that stand on others
             if image["name"] != "tiny":
                 self.inn.image_delete(image["name"]).wait()
+        for network in self.inn.networks():
+            self.inn.network_delete(network["name"]).wait()
         self.check()
         left = {key for key in self.documents() if not key.startswith(("event/", "operation/"))}
         assert left <= {"image/tiny00000000", "name/image/tiny"}, left
@@ -131,11 +136,11 @@ class House(Daemon):
         def under(prefix: str) -> dict[str, dict[str, Any]]:
             return {key.removeprefix(prefix): value for key, value in documents.items() if key.startswith(prefix)}
 
-        vms, images = under("vm/"), under("image/")
+        vms, images, networks = under("vm/"), under("image/"), under("network/")
         for operation in under("operation/").values():
             if not operation["ended"]:
                 yield f"operation {operation['kind']} is {operation['state']} for ever"
-        for what in (*vms.values(), *images.values()):
+        for what in (*vms.values(), *images.values(), *networks.values()):
             if what["operation"]:
                 yield f"{what['name']} is held by {what['operation']}"
         for vm in vms.values():
@@ -144,6 +149,8 @@ class House(Daemon):
         yield from self._processes(vms, under("live/"))
         if tools := self.tools(set(under("operation/"))):
             yield f"tools are left: {tools}"
+        if self.namespace:
+            yield from self._networks(self.namespace, networks, documents.get("subnets/ipv4", {}))
         yield from self._claims(vms, images, documents)
         yield from self._folders(vms, images, under("layer/"))
         yield from self._snapshots(vms, under("snapshot/"), under("layer/"))
@@ -190,6 +197,8 @@ class House(Daemon):
             ports += [("tcp", vm["identity"]["ssh_port"])] if vm["identity"]["ssh_port"] else []
             expected |= {f"port/{protocol}/{port}": id for protocol, port in ports}
         expected |= {f"name/image/{image['name']}": id for id, image in images.items()}
+        networks = [value for key, value in documents.items() if key.startswith("network/")]
+        expected |= {f"name/network/{network['name']}": network["id"] for network in networks}
         snapshots = [value for key, value in documents.items() if key.startswith("snapshot/")]
         expected |= {f"name/snapshot/{s['vm']}/{s['name']}": s["id"] for s in snapshots}
         found = {key: value["id"] for key, value in documents.items() if key.startswith(("name/", "slot/", "port/"))}
@@ -199,6 +208,24 @@ class House(Daemon):
         secrets = {key.removeprefix("secret/vm/") for key in documents if key.startswith("secret/")}
         if secrets != set(vms):
             yield f"secrets of {secrets ^ set(vms)} have no VM, or the other way round"
+
+    def _networks(self, host: str, networks: dict[str, Any], subnets: dict[str, Any]) -> Iterator[str]:
+        links = {link["ifname"] for link in json.loads(run(host, "ip", "-j", "link"))} - {"lo"}
+        if links != {f"innbr-{id[:9]}" for id in networks}:
+            yield f"the host has {links}, and the networks are {set(networks)}"
+        tables = json.loads(run(host, "nft", "-j", "list", "tables"))["nftables"][1:]
+        if len(tables) != (2 if networks else 0):
+            yield f"the host has the tables {tables}, and the networks are {set(networks)}"
+        if run(host, "cat", "/proc/sys/net/ipv4/ip_forward") != ("1\n" if networks else "0\n"):
+            yield "forwarding is not what it should be"
+        resolvers = [name for name in programs(host).values() if name == "dnsmasq"]
+        if len(resolvers) != len(networks):
+            yield f"there are {len(resolvers)} dnsmasq and {len(networks)} networks"
+        if subnets != {id: network["subnet"] for id, network in networks.items()}:
+            yield f"claimed are the subnets {subnets}"
+        for network in networks.values():
+            if network["state"] == "creating":
+                yield f"network {network['name']} is creating for ever"
 
     def _folders(self, vms: dict[str, Any], images: dict[str, Any], layers: dict[str, Any]) -> Iterator[str]:
         for folder, wanted in ((self.home.vms, set(vms)), (self.home.images, set(images)), (self.home.work, set())):

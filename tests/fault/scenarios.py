@@ -91,6 +91,25 @@ def update(inn: Innkeeper) -> Operation:
     return inn.operation(operation)
 
 
+# --- networks ---
+
+
+def have_network(house: House) -> None:
+    house.inn.network_create(NAME).wait()
+
+
+def has_network(house: House) -> None:
+    assert house.inn.network(NAME)["state"] == "active"  # that the host has it is checked for every network
+
+
+def may_be_half_deleted(house: House) -> None:
+    assert house.inn.network(NAME)["state"] in ("active", "deleting")
+
+
+def has_no_network(house: House) -> None:
+    assert house.inn.networks() == []
+
+
 # --- images ---
 
 
@@ -446,6 +465,8 @@ SCENARIOS: dict[str, Scenario] = {
     "template-warm": Scenario(warm, warmed, not_warmed, have_image),
     "vm-fork": Scenario(lambda inn: inn.forks(WARM, [NAME])[0], state("running"), gone, have_warm),
     "vm-fork, of a VM": Scenario(fork_vm, forked, not_forked, run_uefi, lost="action-refused"),
+    "network-create": Scenario(lambda inn: inn.network_create(NAME), has_network, has_no_network),
+    "network-delete": Scenario(lambda inn: inn.network_delete(NAME), has_no_network, may_be_half_deleted, have_network),
     "vm-create": Scenario(lambda inn: inn.create(spec(), start=False), state("stopped"), gone),
     "vm-launch": Scenario(lambda inn: inn.create(spec(), ready=False), state("running"), gone),
     "vm-clone": Scenario(clone(), cloned(1, 1), not_cloned(1), run_uefi),

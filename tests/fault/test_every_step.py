@@ -7,6 +7,7 @@ works (house.py `check`, scenarios.py).
 
 import pytest
 from house import House, attempt
+from namespaces import namespace
 from scenarios import SCENARIOS
 
 from innkeeper.operations.engine import UNDO_ATTEMPTS, Verb
@@ -72,10 +73,21 @@ def kept():
         house.clean()
 
 
+@pytest.fixture(scope="module")
+def elsewhere():
+    """A network namespace, for what changes the host's network."""
+    with namespace("fault") as name:
+        yield name
+
+
 @pytest.fixture
 def house(kept, request):
+    of_networks = request.node.callspec.params["name"].startswith("network-")
+    where = request.getfixturevalue("elsewhere") if of_networks else None
+    if kept and kept[0].namespace != where:
+        kept.pop().clean()
     if not kept:
-        kept.append(House())
+        kept.append(House(namespace=where))
     yield kept[0]
     if request.node.stash.get(FAILED, False):
         kept.pop().clean()

@@ -7,12 +7,24 @@ import signal
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 
 def run(namespace: str, *command: str) -> str:
     """What a command prints in a namespace."""
     inside = ["nsenter", f"--net=/run/netns/{namespace}", *command]
     return subprocess.run(inside, check=True, capture_output=True, text=True).stdout
+
+
+def programs(namespace: str) -> dict[int, str]:
+    """What runs in a namespace, by pid."""
+    command = ["ip", "netns", "pids", namespace]
+    pids = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    found = {}
+    for pid in pids:
+        with suppress(OSError):
+            found[int(pid)] = Path(f"/proc/{pid}/comm").read_text().strip()
+    return found
 
 
 @contextmanager
@@ -24,8 +36,7 @@ def namespace(role: str) -> Iterator[str]:
         run(name, "ip", "link", "set", "lo", "up")
         yield name
     finally:
-        pids = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True).stdout.split()
-        for pid in pids:
+        for pid in programs(name):
             with suppress(ProcessLookupError):
-                os.kill(int(pid), signal.SIGKILL)
+                os.kill(pid, signal.SIGKILL)
         subprocess.run(["ip", "netns", "del", name], check=True)
