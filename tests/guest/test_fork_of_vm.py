@@ -6,6 +6,7 @@ import time
 
 import pytest
 from conftest import running_daemon
+from inside import begin, mounted, sh
 
 from innkeeper.client.errors import ApiError
 
@@ -30,15 +31,13 @@ def daemon():
 def parent(daemon):
     vm = daemon.inn.launch("tiny", name="parent", memory="256M", disk="256M", cpus=1)
     sh(vm, "mkdir -p /run /data; mkfs.ext4 -q /dev/vda; mount /dev/vda /data; echo A >/data/a; sync")
-    vm.exec(["sh", "-c", f"({COUNT}) >/dev/null 2>&1 </dev/null &"])
+    begin(vm, COUNT)
     sh(vm, "while [ ! -e /run/n ]; do :; done")
     return vm
 
 
-def sh(vm, script: str) -> str:
-    result = vm.exec(["sh", "-ec", script])
-    assert result.status == 0, result
-    return result.stdout.decode().strip()
+def told(vm, script: str) -> str:
+    return sh(vm, script).strip()
 
 
 def tidied(daemon, vm, layers: int) -> None:
@@ -55,42 +54,39 @@ def tidied(daemon, vm, layers: int) -> None:
 
 
 def test_all_go_on_from_one_moment_and_are_machines_of_their_own(daemon, parent):
-    before = int(sh(parent, "cat /run/n"))
+    before = int(told(parent, "cat /run/n"))
     for operation in daemon.inn.forks("parent", ["one", "two"]):
         operation.wait()
     forks = [daemon.inn.vm(name) for name in ("one", "two")]
     try:
         assert parent.state == "running"
         for vm in forks:
-            assert int(sh(vm, "cat /run/n")) > before  # it counts on
+            assert int(told(vm, "cat /run/n")) > before  # it counts on
             assert vm.info["cloned_from"] == "parent"
-            assert sh(vm, IDENTITY[1]) == vm.info["machine"]["macs"][0]
-            assert sh(vm, IDENTITY[2]) == vm.info["machine"]["uuid"]
-            assert abs(int(sh(vm, "date +%s")) - time.time()) < 30
+            assert told(vm, IDENTITY[1]) == vm.info["machine"]["macs"][0]
+            assert told(vm, IDENTITY[2]) == vm.info["machine"]["uuid"]
+            assert abs(int(told(vm, "date +%s")) - time.time()) < 30
         for script in IDENTITY:
-            assert len({sh(vm, script) for vm in (parent, *forks)}) == 3, script
+            assert len({told(vm, script) for vm in (parent, *forks)}) == 3, script
         for vm in (parent, *forks):
             sh(vm, "hostname >/data/mine; sync")
         for vm in (parent, *forks):
-            assert sh(vm, "cat /data/a /data/mine") == f"A\n{vm.name}"
-            seen = int(sh(vm, "cat /run/n"))
+            assert told(vm, "cat /data/a /data/mine") == f"A\n{vm.name}"
+            seen = int(told(vm, "cat /run/n"))
             sh(vm, f"while [ $(cat /run/n) -le {seen} ]; do usleep 20000; done")
         with pytest.raises(ApiError, match="one, two"):
             parent.delete(force=True)
         tidied(daemon, parent, 2)
 
         with daemon.inn.fork("one", name="child") as child:  # a fork is a VM like any other
-            assert sh(child, "cat /data/a /data/mine; hostname") == "A\none\nchild"
+            assert told(child, "cat /data/a /data/mine; hostname") == "A\none\nchild"
         forks[0].restart(force=True)
-        deadline = time.monotonic() + 60
-        while not forks[0].info["agent"]:
-            assert time.monotonic() < deadline
-            time.sleep(0.2)
-        assert sh(forks[0], "mkdir -p /data; mount /dev/vda /data; cat /data/mine; hostname") == "one\none"
+        mounted(forks[0])
+        assert told(forks[0], "cat /data/mine; hostname") == "one\none"
     finally:
         for vm in forks:
             vm.delete(force=True)
-    assert sh(parent, "cat /data/mine; umount /data; e2fsck -fn /dev/vda >&2; mount /dev/vda /data") == "parent"
+    assert told(parent, "cat /data/mine; umount /data; e2fsck -fn /dev/vda >&2; mount /dev/vda /data") == "parent"
 
 
 def test_a_snapshot_with_memory_can_be_forked_as_often_as_one_likes(daemon, parent):
@@ -99,8 +95,8 @@ def test_a_snapshot_with_memory_can_be_forked_as_often_as_one_likes(daemon, pare
     sh(parent, "echo now >/run/when; echo now >/data/when; sync")
     for name in ("first", "second"):
         with daemon.inn.fork("parent", snapshot="then", name=name) as vm:
-            assert sh(vm, "cat /run/when /data/when; hostname") == f"then\nthen\n{name}"
-    assert sh(parent, "cat /run/when /data/when") == "now\nnow"
+            assert told(vm, "cat /run/when /data/when; hostname") == f"then\nthen\n{name}"
+    assert told(parent, "cat /run/when /data/when") == "now\nnow"
     parent.snapshots.create("disks").wait()
     with pytest.raises(ApiError, match="no memory to go on from"):
         daemon.inn.fork("parent", snapshot="disks")
@@ -123,7 +119,7 @@ def test_one_without_a_disk_has_memory_to_fork(daemon):
     with daemon.inn.launch("tiny", name="diskless", memory="192M", cpus=1, disk=()) as vm:
         sh(vm, "echo here >/tmp/file")
         with daemon.inn.fork("diskless") as fork:
-            assert sh(fork, "cat /tmp/file") == "here"
+            assert told(fork, "cat /tmp/file") == "here"
 
 
 def test_what_cannot_be_forked_says_why(daemon, parent):

@@ -175,7 +175,7 @@ def test_what_a_chain_costs_is_measured(daemon, vm):
 def test_a_daemon_that_dies_at_any_moment_loses_nothing(daemon, vm):
     chance = random.Random()
     write_on(vm)
-    for number in range(8):
+    for number in range(5):
         taken = names(vm)
         if len(taken) < 3 or chance.random() < 0.4:
             vm.snapshots.create(f"s{number}")
@@ -194,7 +194,7 @@ def test_a_daemon_that_dies_at_any_moment_loses_nothing(daemon, vm):
 
 def test_a_guest_that_is_killed_at_any_moment_keeps_what_it_had_written_out(daemon, vm):
     chance = random.Random()
-    for _ in range(3):
+    for _ in range(2):
         for name in ("one", "two"):
             vm.snapshots.create(name).wait()
             sh(vm, "head -c 9000000 /dev/urandom >/data/$$; sync")

@@ -8,7 +8,6 @@ for no longer than that takes (snapshot_memory.py), and goes on in layers of its
 from __future__ import annotations
 
 import asyncio
-import os
 
 from innkeeper.base.clock import now
 from innkeeper.base.errors import ActionRefused, Conflict, NameTaken
@@ -102,9 +101,7 @@ async def make_files(ctx: Context) -> None:
     await put_overlays(world, fork)
     copy_small(origin / nvram_name(snapshot["id"]), folder / "nvram.fd", MOST_NVRAM)
     copy_small(origin / "ignition.json", folder / "ignition.json", MOST_SEED)
-    if (uid := fork["identity"]["uid"]) is not None:
-        for path in (*folder.iterdir(), folder):
-            os.chown(path, uid, uid)
+    vm_create.own_folder(folder, fork)
 
 
 async def _snapshot(ctx: Context) -> Value:

@@ -8,7 +8,6 @@ a snapshot. They are merged away again once the copy is whole.
 
 from __future__ import annotations
 
-import os
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -181,9 +180,7 @@ async def copy(ctx: Context) -> None:
     if ctx.args["keep_identity"]:
         for name in ("seed.iso", "ignition.json"):
             copy_small(origin / name, folder / name, MOST_SEED)
-    if (uid := clone["identity"]["uid"]) is not None:
-        for path in (*folder.iterdir(), folder):
-            os.chown(path, uid, uid)
+    vm_create.own_folder(folder, clone)
 
 
 async def put_overlays(world: World, vm: Value) -> None:

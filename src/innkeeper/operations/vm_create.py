@@ -189,9 +189,7 @@ async def make_files(ctx: Context) -> None:
         _as_captured(ctx, folder, image)
     if not vm["going_on"]:
         await write_first_boot(ctx, vm, image)
-    if (uid := vm["identity"]["uid"]) is not None:
-        for path in (*folder.iterdir(), folder):
-            os.chown(path, uid, uid)
+    own_folder(folder, vm)
 
 
 def new_folder(ctx: Context, vm_id: str) -> Path:
@@ -201,6 +199,13 @@ def new_folder(ctx: Context, vm_id: str) -> Path:
         shutil.rmtree(folder)  # half-made by a daemon that died
     folder.mkdir(mode=0o700, parents=True)
     return folder
+
+
+def own_folder(folder: Path, vm: Value) -> None:
+    """It and all that is in it are the VM's user's."""
+    if (uid := vm["identity"]["uid"]) is not None:
+        for path in (*folder.iterdir(), folder):
+            os.chown(path, uid, uid)
 
 
 def _smallest(image: Value, disk: int) -> int:

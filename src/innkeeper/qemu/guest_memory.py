@@ -92,7 +92,7 @@ class Copy:
         assert self._map is not None
         todo, has, offset = [], b"", 0
         for region in self._regions:
-            pages = in_use(self._pid, region)
+            pages = await asyncio.to_thread(in_use, self._pid, region)  # much to read, of a large guest
             todo += [(offset + at, region.address + at, length) for at, length in _pieces(_runs(pages))]
             has, offset = has + pages, offset + region.size
         await _move(_libc.process_vm_readv, self._pid, self._map, todo, progress)

@@ -62,16 +62,14 @@ async def fork(ctx: Ctx, body: ForkRequest) -> Response:
     for name in body.names:
         if await ctx.world.store.get(f"name/vm/{name}"):
             raise NameTaken(f"there is a VM named {name!r} already", hint="choose another --name", name=name)
-    vm = await _vm(ctx, body)
+    source = await _source(ctx, body)
     more: Value = {"force": body.force, "expires": _in(body.ttl) if body.ttl else None}
-    if vm is None:
-        image = await find_warm(ctx.world, body.source)
-        spec = image["warm"]["spec"] | {"image": image["name"]}
+    if "warm" in source:
+        spec = source["warm"]["spec"] | {"image": source["name"]}
         wishes = [arguments(VMSpec.model_validate(spec | {"name": name}), "vm-fork", **more) for name in body.names]
     else:
+        more |= await (_found if body.snapshot else _capture)(ctx, source, body)
         wishes = [fork_of_vm.arguments(name, **more) for name in body.names]
-        capture = await (_found if body.snapshot else _capture)(ctx, vm, body)
-        wishes = [wish | capture for wish in wishes]
     operations = [
         await ctx.engine.submit("vm-fork", {"kind": "vm", "id": None, "name": name}, wish)
         for name, wish in zip(body.names, wishes, strict=True)
@@ -79,14 +77,13 @@ async def fork(ctx: Ctx, body: ForkRequest) -> Response:
     return JSONResponse({"operations": [operation["id"] for operation in operations]}, status_code=202)
 
 
-async def _vm(ctx: Context, body: ForkRequest) -> Value | None:
-    """The VM that is meant; None for an image, which comes first where both have the name. Raises `NotFound`,
+async def _source(ctx: Context, body: ForkRequest) -> Value:
+    """The warm image that is meant, or the VM; the image comes first where both have the name. Raises `NotFound`,
     `ActionRefused` for an image that is not warm."""
     if body.snapshot:
         return await ctx.world.find("vm", body.source)
     try:
-        await find_warm(ctx.world, body.source)
-        return None
+        return await find_warm(ctx.world, body.source)
     except (NotFound, ActionRefused) as error:
         with suppress(NotFound):
             return await ctx.world.find("vm", body.source)
