@@ -124,7 +124,7 @@ class House(Daemon):
 
     def check(self, deleting: bool = False) -> None:
         """All that must hold when no operation is under way, at the latest a moment after the last one's end.
-        `deleting`: a VM may be half-deleted, for the next attempt to finish."""
+        `deleting`: a VM or a network may be half-deleted, for the next attempt to finish."""
         deadline = time.monotonic() + 3
         while problems := list(self._problems(deleting)):
             assert time.monotonic() < deadline, "\n".join(problems) + f"\n--- log:\n{self.log()[-3000:]}"
@@ -150,7 +150,7 @@ class House(Daemon):
         if tools := self.tools(set(under("operation/"))):
             yield f"tools are left: {tools}"
         if self.namespace:
-            yield from self._networks(self.namespace, networks, documents.get("subnets/ipv4", {}))
+            yield from self._networks(self.namespace, networks, documents.get("subnets/ipv4", {}), deleting)
         yield from self._claims(vms, images, documents)
         yield from self._folders(vms, images, under("layer/"))
         yield from self._snapshots(vms, under("snapshot/"), under("layer/"))
@@ -209,7 +209,13 @@ class House(Daemon):
         if secrets != set(vms):
             yield f"secrets of {secrets ^ set(vms)} have no VM, or the other way round"
 
-    def _networks(self, host: str, networks: dict[str, Any], subnets: dict[str, Any]) -> Iterator[str]:
+    def _networks(
+        self, host: str, networks: dict[str, Any], subnets: dict[str, Any], deleting: bool
+    ) -> Iterator[str]:
+        if subnets != {id: network["subnet"] for id, network in networks.items()}:
+            yield f"claimed are the subnets {subnets}"
+        if deleting and any(network["state"] == "deleting" for network in networks.values()):
+            return  # of what it had on the host, any part may be gone
         links = {link["ifname"] for link in json.loads(run(host, "ip", "-j", "link"))} - {"lo"}
         if links != {f"innbr-{id[:9]}" for id in networks}:
             yield f"the host has {links}, and the networks are {set(networks)}"
@@ -221,11 +227,9 @@ class House(Daemon):
         resolvers = [name for name in programs(host).values() if name == "dnsmasq"]
         if len(resolvers) != len(networks):
             yield f"there are {len(resolvers)} dnsmasq and {len(networks)} networks"
-        if subnets != {id: network["subnet"] for id, network in networks.items()}:
-            yield f"claimed are the subnets {subnets}"
         for network in networks.values():
-            if network["state"] == "creating":
-                yield f"network {network['name']} is creating for ever"
+            if network["state"] != "active":
+                yield f"network {network['name']} is {network['state']} for ever"
 
     def _folders(self, vms: dict[str, Any], images: dict[str, Any], layers: dict[str, Any]) -> Iterator[str]:
         for folder, wanted in ((self.home.vms, set(vms)), (self.home.images, set(images)), (self.home.work, set())):

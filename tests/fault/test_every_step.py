@@ -111,7 +111,7 @@ def test_fault(name, fault, house, request):
         house.start()
     house.settle()
     operation = house.latest(kind)
-    house.check(deleting=kind == "vm-delete" and operation.state == "failed")
+    house.check(deleting=kind in ("vm-delete", "network-delete") and operation.state == "failed")
     if operation.state == "done":
         assert "/fail" not in fault
         scenario.whole(house)
