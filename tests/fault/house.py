@@ -209,9 +209,7 @@ class House(Daemon):
         if secrets != set(vms):
             yield f"secrets of {secrets ^ set(vms)} have no VM, or the other way round"
 
-    def _networks(
-        self, host: str, networks: dict[str, Any], subnets: dict[str, Any], deleting: bool
-    ) -> Iterator[str]:
+    def _networks(self, host: str, networks: dict[str, Any], subnets: dict[str, Any], deleting: bool) -> Iterator[str]:
         if subnets != {id: network["subnet"] for id, network in networks.items()}:
             yield f"claimed are the subnets {subnets}"
         if deleting and any(network["state"] == "deleting" for network in networks.values()):
