@@ -143,6 +143,37 @@ def test_what_somebody_takes_away_is_put_back(lab, host, harm, word):
     assert eventually(lambda: sh(lab, "web", "ping -c 1 -W 5 db.inn")[0])
 
 
+def test_forks_and_clones_come_into_a_network_with_addresses_of_their_own(lab):
+    spec = vm_spec("warming", "tiny", memory="256M", disk="8M", cpus=1)
+    lab.inn.warm("tiny", spec).wait()
+    for operation in lab.inn.forks("tiny", ["one", "two"], network="lab"):
+        operation.wait()
+    lab.inn.fork("one", name="one-more")  # of a VM that is in the network
+    lab.inn.fork("web", name="other")
+    lab.inn.vm("db").clone("db-2").wait()
+    names = ["one", "two", "one-more", "other", "db-2"]
+    try:
+        cards = {card["name"]: card["address"] for card in lab.inn.network("lab")["cards"]}
+        assert len({cards[name] for name in names}) == len(names)
+        for name in names[:-1]:
+            mac = lab.inn.vm(name).info["machine"]["macs"][0]
+            assert f"inet {cards[name]}/24" in sh(lab, name, "ip -4 addr show eth0")[1]
+            assert "10.0.2" not in sh(lab, name, "ip addr; ip route; cat /etc/resolv.conf")[1]
+            assert sh(lab, name, "cat /sys/class/net/eth0/address")[1].strip() == mac
+            assert sh(lab, name, "ping -c 1 -W 10 web.inn && ping -c 1 -W 10 192.0.2.2")[0], name
+        assert sh(lab, "web", "ping -c 1 -W 10 one.inn && ping -c 1 -W 10 one-more.inn")[0]
+        # What they say of themselves is all that the host heard of them: nothing under another's name.
+        assert eventually(
+            lambda: all("fe80" in sh(lab, name, "ip -6 addr show eth0 scope link")[1] for name in names[:4])
+        )
+    finally:
+        for name in reversed(names):
+            lab.inn.vm(name).delete(force=True)
+        lab.inn.image_delete("tiny-warm").wait()
+    with pytest.raises(ApiError, match="no network"):
+        lab.inn.forks("web", ["nowhere"], network="nowhere")
+
+
 def test_guests_stay_connected_while_the_daemon_is_away(lab):
     lab.kill()
     lab.start()

@@ -9,6 +9,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from innkeeper.base.clock import stamp
+from innkeeper.base.home import Home
 from innkeeper.operations import expiry
 from innkeeper.operations.engine import Context, Engine, Step, Verb
 from innkeeper.operations.world import World
@@ -25,11 +26,11 @@ async def remove(ctx: Context) -> None:
 
 
 @pytest.fixture
-def world(monkeypatch) -> World:
+def world(monkeypatch, tmp_path) -> World:
     monkeypatch.setattr(expiry, "EVERY", 0.0)
     removed.clear()
     store = MemoryStore()
-    return World(None, store, EventLog(store), None, None, None)  # type: ignore[arg-type]
+    return World(Home(tmp_path, tmp_path, tmp_path), store, EventLog(store), None, None, None)  # type: ignore[arg-type]
 
 
 async def events_after_looking(world: World, *snapshots: tuple[str, timedelta, timedelta]) -> list[tuple[str, str]]:

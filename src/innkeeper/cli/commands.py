@@ -14,6 +14,7 @@ from innkeeper.cli.arguments import (
     IMAGES,
     INSIDE,
     MACHINES,
+    NETWORK,
     NO_WAIT,
     SNAPSHOT,
     SNAPSHOTS,
@@ -58,7 +59,7 @@ COMMANDS: tuple[C, ...] = (
                 "host port that leads into the guest: [ADDRESS:]HOST:GUEST[/udp]; may be repeated",
                 {"metavar": "PORTS", "action": "append", "type": ports},
             ),
-            A(("--network",), "network to join, made with inn network create", {"metavar": "NETWORK"}, "network"),
+            NETWORK,
             A(("--nic",), "user: NAT (default); none: cable not plugged in", {"choices": ("user", "none")}),
             A(
                 ("--env", "-e"),

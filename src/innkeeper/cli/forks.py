@@ -32,6 +32,7 @@ def warm(inn: Innkeeper, args: Namespace) -> int:
         firmware=args.firmware,
         ssh_keys=keys,
         user_data=text(args, "user_data"),
+        network=args.network,
     )
     operation = inn.warm(args.image, spec, name=name, until=args.until, refresh=args.refresh, timeout=args.timeout)
     return conclude(args, operation, _warmed)
@@ -52,13 +53,13 @@ def fork(inn: Innkeeper, args: Namespace) -> int:
     names = [stem] if args.count == 1 else [f"{stem}-{number}" for number in range(1, args.count + 1)]
     if not args.argv:
         begun = time.monotonic()
-        operations = inn.forks(args.source, names, snapshot=args.snapshot, ttl=args.ttl, force=args.force)
+        operations = _begin(inn, args, names)
         failed = _follow_all(args, operations)
         if args.output == "text" and not args.no_wait and len(names) > 1:
             done = len(names) - failed
             terminal.note(f"{done} forks of {args.source} are running after {time.monotonic() - begun:.1f} s")
         return 1 if failed else 0
-    (operation,) = inn.forks(args.source, names, snapshot=args.snapshot, ttl=args.ttl, force=args.force)
+    (operation,) = _begin(inn, args, names)
     _orderly_end()
     try:
         follow(operation)
@@ -66,6 +67,11 @@ def fork(inn: Innkeeper, args: Namespace) -> int:
     finally:
         if args.rm:
             _away(inn, operation)
+
+
+def _begin(inn: Innkeeper, args: Namespace, names: list[str]) -> list[Operation]:
+    more = {"snapshot": args.snapshot, "network": args.network, "ttl": args.ttl, "force": args.force}
+    return inn.forks(args.source, names, **more)
 
 
 def _follow_all(args: Namespace, operations: list[Operation]) -> int:

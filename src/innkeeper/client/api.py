@@ -250,12 +250,14 @@ class Innkeeper:
         names: Iterable[str],
         *,
         snapshot: str | None = None,
+        network: str | None = None,
         ttl: float | None = None,
         force: bool = False,
     ) -> list[Operation]:
         """Begin to fork a warm image, or a VM that runs, once for each name; all of them go on from one moment: now,
-        or that of a `snapshot` of the VM. `ttl` in seconds."""
-        body = {"source": source, "names": list(names), "snapshot": snapshot, "ttl": ttl, "force": force}
+        or that of a `snapshot` of the VM. `network`: where their first card is plugged in. `ttl` in seconds."""
+        body: dict[str, Any] = {"source": source, "names": list(names), "snapshot": snapshot, "network": network}
+        body |= {"ttl": ttl, "force": force}
         answer: dict[str, Any] = self.call("POST", "/forks", document=body)
         return [self.operation(id) for id in answer["operations"]]
 
@@ -265,6 +267,7 @@ class Innkeeper:
         *,
         name: str | None = None,
         snapshot: str | None = None,
+        network: str | None = None,
         ttl: float | None = None,
         force: bool = False,
     ) -> VM:
@@ -275,7 +278,7 @@ class Innkeeper:
         ...     vm.exec(["uname", "-n"]).stdout
         """
         chosen = name or f"fork-{os.urandom(5).hex()}"
-        self.forks(source, [chosen], snapshot=snapshot, ttl=ttl, force=force)[0].wait()
+        self.forks(source, [chosen], snapshot=snapshot, network=network, ttl=ttl, force=force)[0].wait()
         return self.vm(chosen)
 
     def pool(self, image: str, *, ready: int = 4) -> Pool:

@@ -29,6 +29,8 @@ class Captured:
     waits: bool
     as_fork: bool
     """It had the devices of one that was made to be captured (plan/command.py)."""
+    nat: Sequence[int]
+    """Cards of which there is the state of a NAT."""
     seed: str
     """The guest has read it already, and needs a device of the same size."""
 
@@ -49,9 +51,11 @@ async def captured(world: World, origin: str) -> Captured:
 
 def _of_image(world: World, image: Value) -> Captured:
     folder, files, warm = world.home.image(image["id"]), image["files"], image["warm"]
+    nat = [index for index, nic in enumerate(warm["spec"]["nics"]) if nic["mode"] == "user"]
     return Captured(
         image["id"], image["name"], folder / files["ram"], folder / files["devices"], (), warm["macs"], warm["uuid_at"],
-        image["agent"], warm["waits"], True, str(folder / files["seed"]) if "seed" in files else "",
+        image["agent"], warm["waits"], True, nat,
+        str(folder / files["seed"]) if "seed" in files else "",
     )  # fmt: skip
 
 
@@ -59,7 +63,8 @@ def _of_snapshot(world: World, snapshot: Value) -> Captured:
     saved = snapshot["memory"]
     return Captured(
         snapshot["id"], snapshot["name"], memory_path(world, snapshot["vm"], snapshot["id"]), None, saved["parts"],
-        snapshot["identity"]["macs"], saved["uuid_at"], saved["agent"], False, saved["as_fork"], saved["seed"],
+        snapshot["identity"]["macs"], saved["uuid_at"], saved["agent"], False, saved["as_fork"], saved["nat"],
+        saved["seed"],
     )  # fmt: skip
 
 

@@ -60,7 +60,7 @@ async def claim(ctx: Context) -> None:
         return  # claimed before the daemon died
     source = await world.find("vm", snapshot["vm"])
     then = source | {field: snapshot[field] for field in ("spec", "identity", "disc")}
-    spec = clone_spec(then, ctx.args["name"], keep_identity=False)
+    spec = clone_spec(then, ctx.args["name"], keep_identity=False, network=ctx.args.get("network"))
     secret, host = await world.store.get(f"secret/vm/{source['id']}"), await world.host_with_qemu(LASTING)
     assert secret is not None
     while True:
@@ -108,6 +108,9 @@ async def _snapshot(ctx: Context) -> Value:
     return await ctx.world.find("snapshot", ctx.data.get("snapshot") or ctx.args["snapshot"])
 
 
-def arguments(name: str, *, capture: str = "", snapshot: str = "", force: bool, expires: str | None) -> Value:
+def arguments(
+    name: str, *, capture: str = "", snapshot: str = "", network: str | None = None, force: bool, expires: str | None
+) -> Value:
     """What the journal keeps of a request: `capture` is the operation that takes the snapshot, or it is there."""
-    return {"name": name, "capture": capture, "snapshot": snapshot, "force": force, "expires": expires}
+    which = {"capture": capture, "snapshot": snapshot}
+    return {"name": name, **which, "network": network, "force": force, "expires": expires}

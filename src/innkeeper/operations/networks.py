@@ -13,8 +13,9 @@ from time import monotonic
 
 from innkeeper.base.errors import ActionRefused, InnkeeperError
 from innkeeper.operations.world import World
-from innkeeper.plan.network import Network, Nic, free_address, network_of, nics_of
+from innkeeper.plan.network import Network, Nic, free_address, network_of, nics_of, place_of
 from innkeeper.plan.options import Tap
+from innkeeper.plan.rebirth import Place
 from innkeeper.spec.vm import VMSpec
 from innkeeper.store.contract import Value
 
@@ -40,6 +41,13 @@ async def nics(world: World, vm: Value, known: dict[str, Network] | None = None)
         if document.value["id"] == vm["id"]
     }
     return nics_of(vm, known or await networks(world), addresses)
+
+
+async def places(world: World, vm: Value) -> dict[str, Place]:
+    """What each of its cards in networks has there, by MAC."""
+    known = await networks(world)
+    by_id = {network.id: network for network in known.values()}
+    return {nic.mac: place_of(by_id[nic.network], nic) for nic in await nics(world, vm, known)}
 
 
 async def reachable(world: World, vm: Value) -> Nic | None:

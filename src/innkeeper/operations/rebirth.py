@@ -11,6 +11,7 @@ from innkeeper.base.errors import AgentFailed
 from innkeeper.machine.machine import Machine
 from innkeeper.operations import vm_launch, vm_start
 from innkeeper.operations.engine import Context, Step, Verb
+from innkeeper.operations.networks import places
 from innkeeper.operations.world import World
 from innkeeper.plan.rebirth import Rebirth, shell_script, understood
 from innkeeper.plan.seed import HostKey
@@ -25,6 +26,7 @@ ALLOWED = 60.0
 
 async def new_self(world: World, vm: Value, nics: Sequence[tuple[str, str]]) -> Rebirth:
     """Who a guest becomes. `nics` are the (old, new) MACs of cards that it has had since before."""
+    now = await places(world, vm) if nics else {}
     secret = await world.store.get(f"secret/vm/{vm['id']}")
     assert secret is not None
     return Rebirth(
@@ -34,6 +36,7 @@ async def new_self(world: World, vm: Value, nics: Sequence[tuple[str, str]]) -> 
         nics=list(nics),
         seed=secrets.token_bytes(64),
         seconds=time.time(),
+        places={old: now[new] for old, new in nics if new in now},
     )
 
 

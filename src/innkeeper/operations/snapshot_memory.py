@@ -26,6 +26,7 @@ from innkeeper.operations.snapshots import hold, release
 from innkeeper.operations.vm_create import check_room, claim_ports
 from innkeeper.operations.vm_start import resident
 from innkeeper.operations.world import World
+from innkeeper.plan.devices import with_nat
 from innkeeper.plan.identity import misfit
 from innkeeper.plan.rebirth import forms, reseed, understood
 from innkeeper.plan.snapshot import machine_then
@@ -106,6 +107,7 @@ async def capture(ctx: Context, vm: Value, machine: Machine, freeze: Deed) -> No
         "size": stored, "parts": parts, "pause": round(machine.stood_still, 4), "agent": machine.status.agent,
         "uuid_at": uuid_at, "seed": await seed_of(world, vm),
         "as_fork": any('"free-page-reporting":false' in each for each in argv),
+        "nat": with_nat(argv),
     }  # fmt: skip
     await ctx.save()
 

@@ -190,9 +190,17 @@ async def plan(ctx: Context, vm: Value) -> Plan:
         ram=str(fork.ram) if fork else "",
     )
     saved = ctx.data.get("memory")
-    as_fork = fork.as_fork if fork else bool(saved and saved["as_fork"])
+    as_fork, nat = (fork.as_fork, fork.nat) if fork else (saved["as_fork"], saved["nat"]) if saved else (False, ())
     return command(
-        spec, identity, host, image, files, capturable=vm["capturable"], incoming=bool(saved), as_fork=as_fork
+        spec,
+        identity,
+        host,
+        image,
+        files,
+        capturable=vm["capturable"],
+        incoming=bool(saved),
+        as_fork=as_fork,
+        nat=nat,
     )
 
 

@@ -10,18 +10,31 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from innkeeper.base.errors import InvalidInput
 from innkeeper.plan.identity import Identity
 from innkeeper.spec.vm import VMSpec
 
 
-def clone_spec(vm: Mapping[str, Any], name: str, *, keep_identity: bool) -> VMSpec:
+def clone_spec(vm: Mapping[str, Any], name: str, *, keep_identity: bool, network: str | None = None) -> VMSpec:
     """The spec of a clone of `vm`: no published ports, since a host port leads to one VM; a disc only if the source
-    would boot from it, too."""
+    would boot from it, too; its first card in another `network`, if that is named."""
     macs = vm["identity"]["macs"] if keep_identity else [None] * len(vm["spec"]["nics"])
-    nics = [nic | {"publish": [], "mac": mac} for nic, mac in zip(vm["spec"]["nics"], macs, strict=True)]
+    cards = plugged_into(vm["spec"]["nics"], network)
+    nics = [nic | {"publish": [], "mac": mac} for nic, mac in zip(cards, macs, strict=True)]
     return VMSpec.model_validate(
         vm["spec"] | {"name": name, "nics": nics, "iso": vm["spec"]["iso"] if vm["disc"] else None}
     )
+
+
+def plugged_into(nics: Sequence[Mapping[str, Any]], network: str | None) -> list[dict[str, Any]]:
+    """The cards with the first one in a network; as they are where none is named. Raises `InvalidInput` where there
+    is no card."""
+    cards = [dict(nic) for nic in nics]
+    if network and not cards:
+        raise InvalidInput("there was no network card when it was captured", hint="drop --network", field="network")
+    if network:
+        cards[0] |= {"mode": "network", "network": network}
+    return cards
 
 
 def clone_identity(fresh: Identity, vm: Mapping[str, Any], *, keep_identity: bool) -> Identity:

@@ -51,12 +51,13 @@ def command(
     capturable: bool = False,
     incoming: bool = False,
     as_fork: bool = False,
+    nat: Sequence[int] = (),
 ) -> Plan:
     """The plan of one start. `image` is what its kernel comes from, if it is one.
 
     `capturable`: its RAM can be captured, see `Memory`. `incoming`: it waits for saved memory, which fits only where
-    the devices are those of then: `as_fork` are those of a guest that was made capturable. Files that only the daemon
-    may read go in as descriptors.
+    the devices are those of then: `as_fork` are those of a guest that was made capturable, `nat` says which cards had
+    QEMU's own NAT. Files that only the daemon may read go in as descriptors.
     """
     assert host.qemu is not None
     memory: Memory = "going-on" if files.ram else "captured" if capturable else "private"
@@ -82,7 +83,7 @@ def command(
         options += devices.seed(hand(files.seed) if files.seed.startswith("/") else files.seed)
     if files.iso and spec.iso:
         options += devices.iso(hand(spec.iso))
-    options += devices.nics(spec, identity)
+    options += devices.nics(spec, identity, nat)
     options += pci.spare_ports()
     if files.ignition:
         options.append(Option("-fw_cfg", Constants(keys={"name": "opt/com.coreos/config", "file": "ignition.json"})))

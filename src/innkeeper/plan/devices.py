@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from itertools import pairwise
 
 from innkeeper.plan import pci
 from innkeeper.plan.chain import Chain, Layer
@@ -17,6 +19,8 @@ from innkeeper.spec.vm import VMSpec
 AGENT_PORT = "org.qemu.guest_agent.0"
 """The name qemu-ga looks for by default."""
 SSH = 22
+UNPLUGGED = "nat"
+"""What the ids of NATs without a card begin with."""
 
 
 def console() -> list[Option]:
@@ -144,8 +148,9 @@ def iso(path: str) -> list[Option]:
     ]
 
 
-def nics(spec: VMSpec, identity: Identity) -> list[Option]:
-    """Network cards, each behind its own root port."""
+def nics(spec: VMSpec, identity: Identity, nat: Sequence[int] = ()) -> list[Option]:
+    """Network cards, each behind its own root port. `nat`: cards of which saved state has QEMU's own NAT; where it is
+    theirs no more, something has to take that state."""
     options: list[Option] = []
     for index, nic in enumerate(spec.nics):
         options.append(pci.nic_port(index))
@@ -157,12 +162,20 @@ def nics(spec: VMSpec, identity: Identity) -> list[Option]:
         }
         if nic.mode == "user":
             options.append(Option("-netdev", _user_netdev(index, nic, identity.ssh_port if index == 0 else None)))
+        elif index in nat:
+            options.append(Option("-netdev", {"type": "user", "id": f"{UNPLUGGED}{index}", "restrict": True}))
         if nic.mode != "none":
             device["netdev"] = f"net{index}"
         if nic.model == "virtio":
             device["romfile"] = ""  # no network boot: nothing to wait for, and one file less from the host
         options.append(Option("-device", device))
     return options
+
+
+def with_nat(argv: Sequence[str]) -> list[int]:
+    """Indices of the cards for which a QEMU that was started so has a NAT of its own."""
+    netdevs = [json.loads(value) for option, value in pairwise(argv) if option == "-netdev"]
+    return [int(netdev["id"].lstrip("abcdefghijklmnopqrstuvwxyz")) for netdev in netdevs if netdev["type"] == "user"]
 
 
 def taps(spec: VMSpec, identity: Identity) -> tuple[Tap, ...]:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from innkeeper.base.errors import InvalidInput, Unsupported
+from innkeeper.plan.rebirth import Place
 from innkeeper.spec.network import Mode, NetworkSpec
 from innkeeper.spec.nic import PortForward
 
@@ -117,6 +118,13 @@ def nics_of(
         publish = tuple(PortForward.model_validate(forward) for forward in spec["publish"])
         found.append(Nic(vm["id"], vm["name"], index, network.id, mac, address, address6, publish))
     return tuple(found)
+
+
+def place_of(network: Network, nic: Nic) -> Place:
+    """What DHCP would tell the card."""
+    address = ipaddress.IPv4Interface(f"{nic.address}/{network.subnet.prefixlen}")
+    gateway = ipaddress.IPv4Address(network.gateway)
+    return Place(address, gateway if network.mode == "nat" else None, gateway, network.domain)
 
 
 def free_address(network: Network, taken: Collection[str]) -> str:

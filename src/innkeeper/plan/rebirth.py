@@ -10,14 +10,17 @@ shell script.
 
 machine-id(5); random(4): RNDADDENTROPY credits what it is given, RNDRESEEDCRNG uses it at once, while what is only
 written to /dev/urandom is used up to a minute later; netdevice(7): SIOCSIFHWADDR; sshd(8): SIGHUP makes it read its
-keys again. System call numbers are those of x86-64, as the machines are.
+keys again. System call numbers are those of x86-64, as the machines are. A card that comes into a network of ours is
+taken down meanwhile (netdevice(7), SIOCADDRT of linux/route.h): that makes the kernel forget the routes and IPv6
+addresses of before, and a DHCP client that watches the link ask again.
 """
 
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from ipaddress import IPv4Address, IPv4Interface
 from uuid import UUID
 
 from innkeeper.plan.seed import HostKey
@@ -28,9 +31,20 @@ HELLO, DONE, NOTE = "innkeeper-waits", "innkeeper-done", "note: "
 
 
 @dataclass(frozen=True)
+class Place:
+    """What DHCP would say to a card: its address in its network, where the way out is (None where there is none), and
+    who knows the names."""
+
+    address: IPv4Interface
+    gateway: IPv4Address | None
+    resolver: IPv4Address
+    domain: str
+
+
+@dataclass(frozen=True)
 class Rebirth:
-    """Who the guest becomes. `nics` are (old, new) MAC addresses; `seed` is random, `seconds` the time of day (Unix
-    time)."""
+    """Who the guest becomes. `nics` are (old, new) MAC addresses, `places` of those in a network of ours, by old MAC;
+    `seed` is random, `seconds` the time of day (Unix time)."""
 
     name: str
     machine_id: str
@@ -38,6 +52,7 @@ class Rebirth:
     nics: Sequence[tuple[str, str]]
     seed: bytes
     seconds: float
+    places: Mapping[str, Place] = field(default_factory=dict)
 
 
 PREPARE = """\
@@ -82,9 +97,29 @@ my $hosts = @hosts > 1 && ready("/etc/hosts", "+>>");
 my $key = "/etc/ssh/ssh_host_ed25519_key";
 my ($private, $public) = -d "/etc/ssh" ? (ready($key, "+>>", 077), ready("$key.pub", "+>>")) : ();
 my ($sshd) = get("/run/sshd.pid") =~ /^(\d+)/;
+my $resolvers = -f "/etc/resolv.conf" && !-l "/etc/resolv.conf" && ready("/etc/resolv.conf", "+>>");
 socket(my $any, 2, 2, 0);
 opendir(my $nics, "/sys/class/net");
 my %nic_with = map {{ get("/sys/class/net/$_/address") =~ /(.+)/ ? ($1 => $_) : () }} grep {{ !/^\./ }} readdir $nics;
+sub card {{
+  my ($nic, $what, $request) = @_;
+  ioctl($any, $what, $request) or warn "$nic: $!\n";
+  $request;
+}}
+sub flags {{
+  my ($nic, $without, $with) = @_;
+  my $flags = unpack("x16 S", card($nic, 0x8913, pack("a16 x24", $nic)));
+  card($nic, 0x8914, pack("a16 S x22", $nic, $flags & ~$without | $with));
+}}
+sub settle {{
+  my ($nic, $address, $mask, $gateway, $resolver, $domain) = @_;
+  for my $set ([0x8916, $address], [0x891c, $mask]) {{
+    card($nic, $set->[0], pack("a16 S x2 a4 x16", $nic, 2, pack("H*", $set->[1])));
+  }}
+  flags($nic, 0, 1);
+  card($nic, 0x890b, pack("x8 S x14 S x2 a4 x8 S x14 S x62", 2, 2, pack("H*", $gateway), 2, 3)) if $gateway;
+  put($resolvers, "search $domain\nnameserver $resolver\n") if $resolvers;
+}}
 sub reborn {{
   my %who = @_;
   my $noise = pack("H*", $who{{seed}});
@@ -100,8 +135,11 @@ sub reborn {{
   # From here on other programs notice, and have work to do.
   for my $old (keys %nic_with) {{
     my $mac = $who{{$old}} or next;
-    my $request = pack("a16 S a22", $nic_with{{$old}}, 1, pack("H*", $mac =~ tr/://dr));
-    ioctl($any, 0x8924, $request) or warn "the address of $nic_with{{$old}}: $!\n";
+    my $nic = $nic_with{{$old}};
+    my $place = $who{{"$old,place"}};
+    flags($nic, 1, 0) if $place;
+    card($nic, 0x8924, pack("a16 S a22", $nic, 1, pack("H*", $mac =~ tr/://dr)));
+    settle($nic, split(/,/, $place)) if $place;
   }}
   syswrite($now_called, $who{{name}}) or warn "the hostname: $!\n";
   my $now = pack("qq", $who{{seconds}}, $who{{microseconds}});
@@ -156,8 +194,14 @@ def words(who: Rebirth) -> str:
         "private": _line(who.host_key.private).hex(),
         "public": _line(who.host_key.public).hex(),
         **dict(who.nics),
+        **{f"{old},place": _told(place) for old, place in who.places.items()},
     }
     return "".join(f"{name} {value}\n" for name, value in told.items()) + DONE + "\n"
+
+
+def _told(place: Place) -> str:
+    numbers = (place.address, place.address.netmask, place.gateway)
+    return ",".join([*(n.packed.hex() if n else "" for n in numbers), str(place.resolver), place.domain])
 
 
 def _line(text: str) -> bytes:
@@ -178,7 +222,7 @@ printf '{noise}' >/dev/urandom
 def shell_script(who: Rebirth) -> str:
     """For `sh`, as root; what it prints is a complaint, unless it is a `NOTE`, or `DONE` at the end. Steps that do not
     apply to the guest are left out by it. Only what the shell has built in is used wherever that is possible."""
-    macs = "".join(f"{old}) new={new};; " for old, new in who.nics)
+    macs = "".join(f"{old}) new={new} {_shell_words(who.places.get(old))};; " for old, new in who.nics)
     return f"""\
 date -u -s @{who.seconds:.0f} >/dev/null
 {reseed(who.seed)}name={shlex.quote(who.name)}
@@ -204,7 +248,17 @@ for nic in /sys/class/net/*; do
   new=
   {{ read -r mac <"$nic/address"; }} 2>/dev/null || continue
   case "$mac" in {macs}*) ;; esac
-  [ -z "$new" ] || ip link set dev "${{nic##*/}}" address "$new"
+  [ -n "$new" ] || continue
+  nic=${{nic##*/}}
+  [ -z "$at" ] || ip link set dev "$nic" down
+  ip link set dev "$nic" address "$new"
+  [ -n "$at" ] || continue
+  ip -4 addr flush dev "$nic"
+  ip addr add "$at" brd + dev "$nic"
+  ip link set dev "$nic" up
+  [ -z "$gateway" ] || ip route add default via "$gateway" dev "$nic"
+  [ -L /etc/resolv.conf ] || echo "search $domain
+nameserver $resolver" >/etc/resolv.conf
 done
 if [ -d /etc/ssh ]; then
   umask 077
@@ -216,6 +270,13 @@ fi
 echo {DONE}
 exit 0
 """
+
+
+def _shell_words(place: Place | None) -> str:
+    if place is None:
+        return "at="
+    way = f"at={place.address} gateway={place.gateway or ''}"
+    return f"{way} resolver={place.resolver} domain={shlex.quote(place.domain)}"
 
 
 def understood(answer: str) -> tuple[list[str], list[str]]:

@@ -7,11 +7,11 @@ is `whole`, or `deleting` once it is being removed: then its layers may be merge
 to it; `identity_due` whether the guest on these disks is still to become a machine of its own (plan/record.py). The
 VM's document says under `at` which snapshot the present stands on.
 
-`memory` is None, or says of the saved execution {size, parts, pause, agent, uuid_at, seed, as_fork}: bytes that it
+`memory` is None, or says of the saved execution {size, parts, pause, agent, uuid_at, seed, as_fork, nat}: bytes that it
 takes on the host; bytes of RAM, screen and devices one after the other; seconds for which the guest stood still;
 whether an agent listened; where the UUID is (plan/rebirth.py); the path of the seed; whether that QEMU had the devices
-of a fork (plan/command.py). A `passing` snapshot names the operation that took it, has no file of its memory, and goes
-when the forks that it was taken for are there.
+of a fork, and which cards a NAT of its own (plan/command.py). A `passing` snapshot names the operation that took it,
+has no file of its memory, and goes when the forks that it was taken for are there.
 """
 
 from __future__ import annotations

@@ -174,6 +174,9 @@ class ForkRequest(Model):
         default=None, description="Of the VM, with memory: what the forks go on from instead of what it does now"
     )
     names: list[Name] = Field(min_length=1, max_length=1000, description="One fork for each")
+    network: Name | None = Field(
+        default=None, description="The network that the first card is plugged into; where the source was when absent"
+    )
     force: bool = Field(default=False, description="Also where the host has too little memory for all of them")
     ttl: float | None = Field(default=None, gt=0, le=31536000, description="Seconds after which a fork is deleted")
 

@@ -17,6 +17,7 @@ from innkeeper.operations.snapshot_memory import check_fits, check_memory
 from innkeeper.operations.snapshots import check_new, find_snapshot
 from innkeeper.operations.vm_create import arguments
 from innkeeper.operations.vm_fork import find_warm, warm_name
+from innkeeper.plan.clone import plugged_into
 from innkeeper.server.context import Context, Ctx, accepted
 from innkeeper.server.models import ForkRequest, ForkView, OperationView, WarmRequest
 from innkeeper.server.routes_vms import check
@@ -63,13 +64,15 @@ async def fork(ctx: Ctx, body: ForkRequest) -> Response:
         if await ctx.world.store.get(f"name/vm/{name}"):
             raise NameTaken(f"there is a VM named {name!r} already", hint="choose another --name", name=name)
     source = await _source(ctx, body)
+    await _check_network(ctx, source, body)
     more: Value = {"force": body.force, "expires": _in(body.ttl) if body.ttl else None}
     if "warm" in source:
         spec = source["warm"]["spec"] | {"image": source["name"]}
+        spec["nics"] = plugged_into(spec["nics"], body.network)
         wishes = [arguments(VMSpec.model_validate(spec | {"name": name}), "vm-fork", **more) for name in body.names]
     else:
         more |= await (_found if body.snapshot else _capture)(ctx, source, body)
-        wishes = [fork_of_vm.arguments(name, **more) for name in body.names]
+        wishes = [fork_of_vm.arguments(name, network=body.network, **more) for name in body.names]
     operations = [
         await ctx.engine.submit("vm-fork", {"kind": "vm", "id": None, "name": name}, wish)
         for name, wish in zip(body.names, wishes, strict=True)
@@ -93,6 +96,22 @@ async def _source(ctx: Context, body: ForkRequest) -> Value:
         f"there is no image and no VM {body.source!r}", hint="inn image ls and inn ls show what there is",
         name=body.source,
     )  # fmt: skip
+
+
+async def _check_network(ctx: Context, source: Value, body: ForkRequest) -> None:
+    """Raises `NotFound`, `InvalidInput`, `ActionRefused` where forks cannot come into the network."""
+    warm = source.get("warm")
+    nics = plugged_into((warm or source)["spec"]["nics"], body.network)
+    if not any(nic.get("network") for nic in nics):
+        return
+    if body.network:
+        await ctx.world.find("network", body.network)
+    machine = ctx.world.machines.get(source["id"])
+    if not (source["agent"] if warm else body.snapshot or (machine and machine.status.agent)):
+        raise ActionRefused(
+            f"{source['name']} has no agent that could tell its forks their addresses",
+            hint="fork it without a network, or clone it",
+        )
 
 
 async def _capture(ctx: Context, vm: Value, body: ForkRequest) -> Value:
