@@ -88,7 +88,7 @@ class Case:
     slot: int = 7
     ssh_port: int | None = 22007
     ram: str = ""
-    how: dict[str, bool] = field(default_factory=dict)
+    how: dict[str, Any] = field(default_factory=dict)
     """What else `command` is told."""
 
     def vmspec(self) -> VMSpec:
@@ -208,6 +208,13 @@ GOING_ON = (
     Case("going-on-from-memory", {}, how={"incoming": True}),
     Case("going-on-from-the-memory-of-a-fork", {}, how={"incoming": True, "as_fork": True}),
     Case("to-be-captured", {}, image="kernel", how={"capturable": True}),
+    Case(
+        "going-on-in-a-network",
+        {"nics": [{"mode": "network", "network": "lab"}, {}]},
+        image="kernel",
+        ram=f"{IMAGE_DIR}/ram",
+        how={"as_fork": True, "nat": [0, 1]},
+    ),
 )
 """Those that boot nothing but wait for saved memory, and the one that theirs is of: a device that one of them has and
 another has not, and what was saved cannot be loaded."""
@@ -227,6 +234,7 @@ def text(plan: Plan) -> str:
         else:
             lines.append(f"{option.flag} {json.dumps(option.value)}")
     lines += [f"# fdset {number}: {json.dumps(path)}" for number, path in enumerate(plan.fdsets, 1)]
+    lines += [f"# tap: {tap.name} for {tap.netdev}" for tap in plan.taps]
     if plan.ram:
         lines.append(f"# ram: {plan.ram.size} bytes of {json.dumps(plan.ram.path)}")
     lines.append(f"# user: {plan.uid}, groups: {list(plan.groups)}")

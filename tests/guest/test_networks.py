@@ -174,6 +174,17 @@ def test_forks_and_clones_come_into_a_network_with_addresses_of_their_own(lab):
         lab.inn.forks("web", ["nowhere"], network="nowhere")
 
 
+def test_a_restored_memory_is_of_a_guest_in_its_network(lab):
+    vm = lab.inn.vm("db")
+    address = vm.info["address"]
+    vm.snapshots.create("then", memory=True).wait()
+    vm.snapshots.restore("then", force=True).wait()
+    assert vm.info["address"] == address
+    assert sh(lab, "db", "ping -c 1 -W 10 web.inn")[0] and sh(lab, "web", f"ping -c 1 -W 10 {address}")[0]
+    vm.snapshots.delete("then").wait()
+    vm.snapshots.prune(automatic=True).wait()
+
+
 def test_guests_stay_connected_while_the_daemon_is_away(lab):
     lab.kill()
     lab.start()

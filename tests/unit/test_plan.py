@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from innkeeper.base.errors import InvalidInput
 from innkeeper.base.home import absolute
 from innkeeper.host.accelerator import Verdict
+from innkeeper.plan.devices import with_nat
 from innkeeper.plan.identity import assign, on_accelerator
 from innkeeper.plan.options import Constants, Option, Plan
 from innkeeper.plan.record import public_spec, vm_record
@@ -46,12 +47,20 @@ def test_no_golden_file_is_left_over():
 
 def test_what_goes_on_has_the_devices_of_what_was_captured():
     """Saved state loads into the same devices only."""
-    fork, _, of_fork, captured = ({json.dumps(d) for d in jsons(case.plan(), "-device")} for case in GOING_ON)
+    fork, _, of_fork, captured = ({json.dumps(d) for d in jsons(case.plan(), "-device")} for case in GOING_ON[:4])
     assert fork == captured
     assert {d for d in of_fork if "rebirth" in d or "free-page" in d} <= captured
     for case in GOING_ON[:3]:
         flags, values = parsed(case.plan().argv()[1:])
         assert dict(zip(flags, values, strict=True))["-incoming"] == "defer"
+
+
+def test_what_was_captured_with_a_nat_finds_one_where_its_card_is_in_a_network_now():
+    before, now = GOING_ON[0].plan(), GOING_ON[-1].plan()
+    assert with_nat(before.argv()) == [0] and with_nat(now.argv()) == [0, 1]
+    assert [d for d in jsons(now, "-device") if d["id"] == "nic0"] == [
+        d for d in jsons(before, "-device") if d["id"] == "nic0"
+    ]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

@@ -5,10 +5,22 @@ import shlex
 import shutil
 import subprocess
 from dataclasses import replace
+from ipaddress import IPv4Address, IPv4Interface
 
 import pytest
 
-from innkeeper.plan.rebirth import DONE, PREPARE, WAIT, Rebirth, forms, shell_script, state_with, understood, words
+from innkeeper.plan.rebirth import (
+    DONE,
+    PREPARE,
+    WAIT,
+    Place,
+    Rebirth,
+    forms,
+    shell_script,
+    state_with,
+    understood,
+    words,
+)
 from innkeeper.plan.seed import HostKey
 
 MACS = [("52:54:00:00:00:01", "52:54:00:00:00:02")]
@@ -20,7 +32,8 @@ def test_the_scripts_are_a_shell_s(shell):
     if not shutil.which(shell):
         pytest.skip(f"{shell} is not installed")
     command = [shell, "sh", "-n"] if shell == "busybox" else [shell, "-n"]
-    for text in (shell_script(WHO), shell_script(replace(WHO, nics=[])), PREPARE, WAIT):
+    scripts = [shell_script(replace(WHO, places={MACS[0][0]: place(gateway)})) for gateway in ("10.77.0.1", None)]
+    for text in (shell_script(WHO), shell_script(replace(WHO, nics=[])), *scripts, PREPARE, WAIT):
         done = subprocess.run(command, input=text.encode(), capture_output=True)
         assert (done.returncode, done.stderr) == (0, b"")
 
@@ -38,6 +51,17 @@ def test_words_are_pairs_without_blanks():
     assert bytes.fromhex(pairs["private"]) == b"PRIVATE'\nKEY\n"
     assert (pairs["seconds"], pairs["microseconds"]) == ("1", "500000")
     assert pairs[MACS[0][0]] == MACS[0][1] and len(pairs) == 8
+
+
+@pytest.mark.parametrize(("gateway", "way"), [("10.77.0.1", "0a4d0001"), (None, "")])
+def test_a_place_in_a_network_is_told_in_a_form_that_needs_no_parser(gateway, way):
+    told = words(replace(WHO, places={MACS[0][0]: place(gateway)}))
+    assert f"{MACS[0][0]},place 0a4d0005,ffffff00,{way},10.77.0.1,inn\n" in told
+
+
+def place(gateway: str | None) -> Place:
+    way = IPv4Address(gateway) if gateway else None
+    return Place(IPv4Interface("10.77.0.5/24"), way, IPv4Address("10.77.0.1"), "inn")
 
 
 def test_an_answer_is_understood():

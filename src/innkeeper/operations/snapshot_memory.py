@@ -22,6 +22,7 @@ from innkeeper.host.memory import check_memory as check_host_memory
 from innkeeper.machine.machine import Machine
 from innkeeper.operations.captured import memory_path, seed_of
 from innkeeper.operations.engine import Context
+from innkeeper.operations.networks import claim_addresses
 from innkeeper.operations.snapshots import hold, release
 from innkeeper.operations.vm_create import check_room, claim_ports
 from innkeeper.operations.vm_start import resident
@@ -154,27 +155,33 @@ async def check_fits(world: World, snapshot: Value) -> None:
 
 
 async def set_back(ctx: Context, vm: Value, snapshot: Value) -> tuple[Value, dict[str, Value | None]]:
-    """(fields of the VM's document, ports that it has to claim): the machine that the memory fits, reborn, so that the
-    guest's kernel knows to reseed. What the VM has claimed and does not need any more, `give_back` gives back."""
+    """(fields of the VM's document, ports and addresses that it has to claim): the machine that the memory fits,
+    reborn, so that the guest's kernel knows to reseed. What the VM has claimed and does not need any more, `give_back`
+    gives back."""
     fields, changed = machine_then(vm, snapshot)
     fields["identity"]["vmgenid"] = str(uuid.uuid4())
     spec, owner = VMSpec.model_validate(fields["spec"]), {"id": vm["id"], "name": vm["name"]}
     claims, ssh_port = await claim_ports(ctx, spec, owner, vm["identity"]["slot"], vm["identity"]["ssh_port"])
     fields["identity"]["ssh_port"] = ssh_port
-    had = {d.key for d in await ctx.world.store.list("port/") if d.value["id"] == vm["id"]}
-    ctx.data |= {"ports": sorted(claims), "new_ports": sorted(claims.keys() - had)}
+    claims |= await claim_addresses(ctx.world, spec, owner)
+    had = await _claimed(ctx.world, vm["id"])
+    ctx.data |= {"claims": sorted(claims), "new_claims": sorted(claims.keys() - had)}
     if changed:
         text = f"the machine is again as it was when its memory was saved: {', '.join(changed)}"
         ctx.result["warnings"] = [text]
-    return fields, {key: owner for key in claims.keys() - had}
+    return fields, {key: claims[key] for key in claims.keys() - had}
 
 
 async def give_back(ctx: Context) -> None:
-    """Host ports of NICs that the VM had and has no more."""
-    store, wanted = ctx.world.store, ctx.data.get("ports")
-    if wanted is not None:
-        mine = [d.key for d in await store.list("port/") if d.value["id"] == ctx.target["id"]]
-        await store.transact({key: None for key in mine if key not in wanted})
+    """Host ports and addresses of NICs that the VM had and has no more."""
+    if (wanted := ctx.data.get("claims")) is not None:
+        mine = await _claimed(ctx.world, ctx.target["id"])
+        await ctx.world.store.transact(dict.fromkeys(mine.difference(wanted)))
+
+
+async def _claimed(world: World, vm_id: str) -> set[str]:
+    documents = [document for prefix in ("port/", "address/") for document in await world.store.list(prefix)]
+    return {document.key for document in documents if document.value["id"] == vm_id}
 
 
 async def catch_up(ctx: Context) -> None:

@@ -12,6 +12,7 @@ from innkeeper.base.ids import new_id
 from innkeeper.operations import snapshot_delete, vm_start
 from innkeeper.operations.consolidate import abandon, consolidate
 from innkeeper.operations.engine import Context, Step, Verb
+from innkeeper.operations.networks import claim_checks
 from innkeeper.operations.rebirth import at_first_start
 from innkeeper.operations.snapshot_memory import catch_up, check_fits, give_back, set_back
 from innkeeper.operations.snapshots import (
@@ -83,18 +84,18 @@ async def _switch(ctx: Context) -> None:
         nvram=ctx.data["nvram"],
     )  # fmt: skip
     key = name_key(vm["id"], name)
-    machine, ports = await set_back(ctx, vm, snapshot) if ctx.args["memory"] else ({}, {})
+    machine, claims = await set_back(ctx, vm, snapshot) if ctx.args["memory"] else ({}, {})
     here = {field: snapshot.get(field) for field in OF_THE_DISKS} | {"disks": ctx.data["layers"], "at": snapshot["id"]}
     writes: dict[str, Value | None] = {
         document.key: vm | here | machine,
         f"snapshot/{automatic}": present,
         key: {"id": automatic},
-        **ports,
+        **claims,
     }
-    if ports:
+    if claims:
         await ctx.save()  # should all of this be undone, they are given back
     try:
-        await store.transact(writes, {document.key: document.revision, **dict.fromkeys((key, *ports), 0)})
+        await store.transact(writes, {document.key: document.revision, **await claim_checks(ctx.world, (key, *claims))})
     except Conflict:
         return
     ctx.result["kept"] = name if ctx.args["keep"] else None
@@ -112,7 +113,7 @@ async def unswitch(ctx: Context) -> None:
             document.key: document.value | before,
             present.key: None,
             name_key(ctx.target["id"], present.value["name"]): None,
-            **dict.fromkeys(ctx.data.get("new_ports", [])),
+            **dict.fromkeys(ctx.data.get("new_claims", [])),
         }
         try:
             await store.transact(writes, {document.key: document.revision})

@@ -63,9 +63,9 @@ def machine_then(vm: Mapping[str, Any], snapshot: Mapping[str, Any]) -> tuple[di
     """(fields of the VM's document, what differs in words): the machine that a saved memory fits. What the guest does
     not see stays as it is set now: name, note, published ports of NICs that are there in both."""
     now, then = vm["spec"], snapshot["spec"]
-    publish = [nic["publish"] if nic["mode"] == "user" else [] for nic in now["nics"]]
+    publish = [nic["publish"] if nic["mode"] != "none" else [] for nic in now["nics"]]
     nics = [
-        nic | {"publish": publish[index] if index < len(publish) and nic["mode"] == "user" else []}
+        nic | {"publish": publish[index] if index < len(publish) and nic["mode"] != "none" else []}
         for index, nic in enumerate(then["nics"])
     ]
     kept = ("name", "note", "first_boot")
