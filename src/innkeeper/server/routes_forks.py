@@ -11,7 +11,7 @@ from fastapi import APIRouter, Response
 from fastapi.responses import JSONResponse
 
 from innkeeper.base.clock import stamp
-from innkeeper.base.errors import ActionRefused, InvalidInput, NameTaken, NotFound
+from innkeeper.base.errors import ActionRefused, InvalidInput, MachineBusy, NameTaken, NotFound
 from innkeeper.operations import fork_of_vm, snapshot_create
 from innkeeper.operations.snapshot_memory import check_fits, check_memory
 from innkeeper.operations.snapshots import check_new, find_snapshot
@@ -117,9 +117,17 @@ async def _check_network(ctx: Context, source: Value, body: ForkRequest) -> None
 async def _capture(ctx: Context, vm: Value, body: ForkRequest) -> Value:
     """All forks of a VM go on from one moment, which is still to come."""
     deadline = monotonic() + TIDYING
-    while (vm["operation"] or {}).get("kind") == "snapshot-delete" and monotonic() < deadline:
-        await asyncio.sleep(LOOK_EVERY)  # what is done after forks that came before, layers being merged
-        vm = await ctx.world.find("vm", vm["id"])
+    while True:
+        try:
+            return await _capture_now(ctx, vm)
+        except MachineBusy:
+            holder = (await ctx.world.find("vm", vm["id"]))["operation"]
+            if (holder and holder["kind"] != "snapshot-delete") or monotonic() > deadline:
+                raise
+            await asyncio.sleep(LOOK_EVERY)  # what is done after forks that came before, layers being merged
+
+
+async def _capture_now(ctx: Context, vm: Value) -> Value:
     vm = await ctx.admitted(vm["id"], "fork")
     await check_new(ctx.world, vm, None, memory=True)
     await check_memory(ctx.world, vm, quiesce=False)
