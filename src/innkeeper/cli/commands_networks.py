@@ -39,6 +39,19 @@ NETWORKS: tuple[C, ...] = (
         "document",
     ),
     C(
+        "network doctor",
+        BETWEEN,
+        "find what keeps guests from the network: firewalls, routes, names",
+        "network_doctor:doctor",
+        (
+            A(("network",), "name of one network; all by default", {"metavar": "NETWORK", "nargs": "?"}, "network"),
+            A(("--fix",), "put right what is safe to", {"action": "store_true"}),
+        ),
+        ("inn network doctor", "inn network doctor lab --fix"),
+        "document",
+        "Ends with 1 where something is wrong. What belongs to other programs is never changed: the command is shown.",
+    ),
+    C(
         "network rm",
         BETWEEN,
         "remove networks that no VM is in",

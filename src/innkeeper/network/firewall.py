@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import Sequence
 
 from innkeeper.base.child import start_child
@@ -44,6 +45,24 @@ def need(*tools: str) -> None:
         if find_tool(tool) is None:
             package = PACKAGES[tool]
             raise ToolMissing(f"{tool} is not installed", hint=f"apt install {package}", package=package)
+
+
+async def of_others(*, lines: bool) -> tuple[list[Command], dict[tuple[str, str, int], str]]:
+    """Other programs' tables, and with `lines` their rules as nft writes them, by family, table and handle."""
+    _, text, _ = await _run("nft", "-j", "list", "tables")
+    tables = [entry["table"] for entry in json.loads(text or '{"nftables": []}')["nftables"] if "table" in entry]
+    found: list[Command] = []
+    words: dict[tuple[str, str, int], str] = {}
+    for family, name in ((table["family"], table["name"]) for table in tables):
+        if (family, name) in TABLES:
+            continue
+        status, text, _ = await _run("nft", "-j", "list", "table", family, name)
+        found += json.loads(text)["nftables"] if status == 0 else []
+        if lines:
+            _, text, _ = await _run("nft", "-a", "list", "table", family, name)
+            for line, handle in re.findall(r"^\s*(.+?) # handle (\d+)$", text, re.MULTILINE):
+                words[family, name, int(handle)] = line
+    return found, words
 
 
 async def _listed() -> list[Command]:

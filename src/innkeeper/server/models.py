@@ -128,6 +128,26 @@ class NetworkView(Open):
     cards: list[dict[str, JsonValue]]
 
 
+class DoctorRequest(Model):
+    """Put right what is safe to, of one network or of all."""
+
+    network: Name | None = None
+
+
+class FindingView(Open):
+    """`fix`: commands that end it; `fixable`: asked to fix, the daemon does it itself; `fixed`: it just did."""
+
+    code: str
+    level: Literal["error", "warning", "note"]
+    networks: list[str]
+    what: str
+    evidence: list[str]
+    consequence: str
+    fix: list[str]
+    fixable: bool
+    fixed: bool
+
+
 class RecipeView(Open):
     name: str
     title: str
