@@ -49,6 +49,7 @@ class Fabric:
             names = {network.bridge for network in self._networks.values()}
             for stray in set(await links.bridges()) - names:
                 await links.remove_bridge(stray)
+            await firewall.sweep()
             await firewall.apply(self._rules())
             await self._everything()
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
+import socket
 import struct
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
@@ -12,6 +14,7 @@ from typing import Any
 
 from innkeeper.base.errors import NetworkFailed
 from innkeeper.plan.network import BRIDGE, Network, Subnet
+from innkeeper.plan.path import Way
 from innkeeper.plan.survey import Link, Route
 
 TUNSETIFF, IFF_TAP, IFF_NO_PI, IFF_VNET_HDR = 0x400454CA, 0x2, 0x1000, 0x4000
@@ -19,6 +22,8 @@ TUNSETIFF, IFF_TAP, IFF_NO_PI, IFF_VNET_HDR = 0x400454CA, 0x2, 0x1000, 0x4000
 NODAD, UP, MAIN, UNICAST, PERMANENT = 0x2, 0x1, 254, 1, 0x80
 """linux/if_addr.h: do not look whether others have the address; linux/if.h; linux/rtnetlink.h; a device's own MAC
 (linux/neighbour.h)."""
+LOCAL, UNREACHED = 2, 0x01 | 0x20
+"""linux/rtnetlink.h: an address of this host; linux/neighbour.h: NUD_INCOMPLETE, NUD_FAILED."""
 DEVICES = Path("/sys/class/net")
 
 
@@ -134,6 +139,34 @@ async def everything() -> tuple[dict[str, Link], tuple[Route, ...], tuple[tuple[
             if bridge.startswith(BRIDGE) and not entry["state"] & PERMANENT:
                 learned.append((bridge, names[entry["ifindex"]], entry.get("lladdr")))
     return links, tuple(routes), tuple(learned)
+
+
+async def way_to(address: str) -> Way | None:
+    """By which device, next hop and source address the host sends there, and what it knows of that hop; None where it
+    has no route."""
+    async with _netlink() as netlink:
+        names = {link["index"]: str(link.get("ifname")) async for link in await netlink.get_links()}
+        try:
+            (route,) = await netlink.route("get", dst=address)
+        except Exception as error:
+            if getattr(error, "code", None) in (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EACCES, errno.EINVAL):
+                return None
+            raise
+        hop = route.get("gateway") or address
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        known = [entry async for entry in await netlink.get_neighbours(family=family) if entry.get("dst") == hop]
+        state = next((entry["state"] for entry in known if entry["ifindex"] == route.get("oif")), 0)
+        local = route["type"] == LOCAL
+        return Way(names[route.get("oif")], hop, route.get("prefsrc") or "", bool(state & UNREACHED), local)
+
+
+async def sent(tap: str) -> int | None:
+    """Frames that the guest has sent into a tap; None where it is not there."""
+    async with _netlink() as netlink:
+        if (index := await _index(netlink, tap)) is None:
+            return None
+        (link,) = await netlink.link("get", index=index)
+        return int(link.get("stats64")["rx_packets"])
 
 
 def is_wireless(name: str) -> bool:

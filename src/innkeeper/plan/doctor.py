@@ -243,7 +243,10 @@ def _other_subnet(ours: Ours, survey: Survey) -> str:
     taken += [
         ipaddress.IPv4Network(route.to) for route in survey.routes if ":" not in route.to and route.to[:2] != "0."
     ]
-    return next((str(subnet) for subnet in SUBNETS if not any(subnet.overlaps(each) for each in taken)), "SUBNET")
+    others = ipaddress.IPv4Network("192.168.0.0/16").subnets(new_prefix=24)
+    return next(
+        (str(subnet) for subnet in (*SUBNETS, *others) if not any(subnet.overlaps(each) for each in taken)), "SUBNET"
+    )
 
 
 def _duplicate_mac(network: Network, ours: Ours, survey: Survey) -> Iterator[Said]:
@@ -283,7 +286,11 @@ def _wireless(network: Network, ours: Ours, survey: Survey) -> Iterator[Said]:
 
 def _no_uplink(network: Network, ours: Ours, survey: Survey) -> Iterator[Said]:
     if network.mode == "nat" and not survey.uplinks():
-        yield Said("this host has no default route", ("ip -4 route show default: nothing",), ("ip -4 route",))
+        yield Said(
+            "this host has no default route",
+            ("ip -4 route show default: nothing",),
+            ("ip route add default via GATEWAY",),
+        )
 
 
 def _no_uplink6(network: Network, ours: Ours, survey: Survey) -> Iterator[Said]:

@@ -148,6 +148,25 @@ class FindingView(Open):
     fixed: bool
 
 
+class CheckRequest(Model):
+    """Where a guest is to connect to."""
+
+    host: str = Field(
+        pattern=r"^[A-Za-z0-9:][A-Za-z0-9:._-]{0,253}$", description="An address, or a name that the guest resolves"
+    )
+    port: int = Field(ge=1, le=65535)
+    protocol: Literal["tcp", "udp"] = "tcp"
+
+
+class CheckView(Open):
+    """`hops`: {name, passed, text, evidence} of each part of the way, as far as it goes; `passed` and `reached` null
+    where nobody can tell."""
+
+    vm: str
+    reached: bool | None
+    hops: list[dict[str, JsonValue]]
+
+
 class RecipeView(Open):
     name: str
     title: str

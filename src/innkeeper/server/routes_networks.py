@@ -8,12 +8,13 @@ from fastapi import APIRouter, Path, Query, Response
 from fastapi.responses import JSONResponse
 
 from innkeeper.operations.engine import busy
+from innkeeper.operations.network_check import check
 from innkeeper.operations.network_create import name_taken
 from innkeeper.operations.network_delete import check_unused, users
 from innkeeper.operations.network_doctor import examine
 from innkeeper.plan.network import network_of
-from innkeeper.server.context import Context, Ctx, accepted
-from innkeeper.server.models import DoctorRequest, FindingView, NetworkView, OperationView
+from innkeeper.server.context import Context, Ctx, VMName, accepted
+from innkeeper.server.models import CheckRequest, CheckView, DoctorRequest, FindingView, NetworkView, OperationView
 from innkeeper.spec.network import NetworkSpec
 from innkeeper.store.contract import Value
 
@@ -56,6 +57,16 @@ async def examine_networks(
 @router.post("/network-doctor", response_model=list[FindingView], summary="The same, and put right what is safe to")
 async def fix_networks(ctx: Ctx, body: DoctorRequest) -> Response:
     return JSONResponse([finding.document() for finding in await examine(ctx.world, body.network, fix=True)])
+
+
+@router.post(
+    "/vms/{vm}/network-check", response_model=CheckView, summary="Follow a connection from a guest to a target"
+)
+async def check_network(ctx: Ctx, vm: VMName, body: CheckRequest) -> Response:
+    found, machine = await ctx.machine(vm, "exec")
+    hops = await check(ctx.world, found, machine, body.host, body.port, body.protocol)
+    reached = hops[-1].passed if hops[-1].name == "target" else False
+    return JSONResponse({"vm": found["name"], "reached": reached, "hops": [hop.document() for hop in hops]})
 
 
 @router.delete("/networks/{network}", response_model=OperationView, status_code=202, summary="Delete a network")
