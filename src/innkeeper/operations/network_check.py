@@ -32,10 +32,11 @@ s.connect((host, int(port)))
 proto == "tcp" or s.send(b"\\n")' "$@" 2>&1
 elif command -v bash >/dev/null && command -v timeout >/dev/null; then
     timeout "$seconds" bash -c 'exec 3<>/dev/$2/$0/$1; [ $2 = tcp ] || echo >&3' "$host" "$port" "$proto" 2>&1
-elif [ "$proto" = tcp ]; then nc -w "$seconds" "$host" "$port" </dev/null 2>&1
-else echo | nc -u -w 1 "$host" "$port" 2>&1
+elif [ "$proto" = tcp ] && command -v nc >/dev/null; then nc -w "$seconds" "$host" "$port" </dev/null 2>&1
+else exit 127
 fi
 """
+NO_PROGRAM = 127
 RESOLVE = 'getent ahosts "$1" 2>/dev/null || nslookup "$1" 2>&1'
 ROUTE = 'ip route get "$1" 2>&1'
 
@@ -76,7 +77,7 @@ async def _ask(agent: Agent, seen: Seen) -> Seen:
         target = _resolved(said)
     route = await _shell(agent, ROUTE, target) if target else ""
     first = route.splitlines()[0].strip() if route else ""
-    return replace(seen, cards=cards, target=target, resolving=said[-300:].strip(), route=first)
+    return replace(seen, cards=cards, target=target, resolving=_last(said), route=first)
 
 
 def _resolved(said: str) -> str | None:
@@ -94,6 +95,9 @@ async def _probe(seen: Seen, agent: Agent) -> Seen:
     async with firewall.traced(seen.nic.tap, seen.protocol, seen.target, seen.port) as trace:
         words = (seen.target, str(seen.port), seen.protocol, str(PATIENCE))
         status, said = await _run(agent, CONNECT, *words)
+        if status == NO_PROGRAM:
+            lacking = "python3 or bash" if seen.protocol == "udp" else "python3, bash or nc"
+            return await _look(replace(seen, agent=f"the guest has no {lacking} to send {seen.protocol.upper()} with"))
         kept = [line for line in await firewall.connections(*flow) if _ports(line) not in old]
         seen = await _look(seen)
     after = await links.sent(seen.nic.tap)
@@ -102,8 +106,11 @@ async def _probe(seen: Seen, agent: Agent) -> Seen:
     outcome = _outcome(status, said) if seen.protocol == "tcp" else "unknown"
     if outcome != "refused" and "ESTABLISHED" in connection:
         outcome = "open"  # of one that says nothing by itself
-    last = said.strip().splitlines()[-1:] or [""]
-    return replace(seen, outcome=outcome, said=last[0][:300], frames=frames, trace=tuple(trace), connection=connection)
+    return replace(seen, outcome=outcome, said=_last(said), frames=frames, trace=tuple(trace), connection=connection)
+
+
+def _last(said: str) -> str:
+    return (said.strip().splitlines() or [""])[-1].strip()[:300]
 
 
 def _source(seen: Seen) -> str:
