@@ -57,6 +57,7 @@ def test_a_way_to_its_end():
         (replace(SILENT, way=None), "route", "no route to 192.0.2.2"),
         (replace(SILENT, way=Way("wan", "192.0.2.2", "", failed=True)), "next hop", "does not answer on wan"),
         (replace(SILENT, connection=KEPT.format("[UNREPLIED] ", "10.77.0.2")), "NAT", "the guest's own address"),
+        (replace(OPEN, outcome="silence"), "answer", "dropped on its way to the guest"),
         (replace(OPEN, outcome="refused"), "target", "refuses"),
         (replace(SILENT, from_host="open"), "target", "does not answer"),
     ],

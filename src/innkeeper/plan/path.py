@@ -217,6 +217,9 @@ def _target(seen: Seen) -> Hop:
         return Hop(
             "target", False, f"{name} refuses: nothing listens there, or it does not want this guest", (seen.said,)
         )
+    if seen.protocol == "tcp" and _replied(seen):
+        text = "came back to this host and was dropped on its way to the guest: inn network doctor says by whom"
+        return Hop("answer", False, text, (seen.connection,))
     compared = {
         "open": (f"this host itself reaches {name}, the guest does not",),
         "refused": (f"{name} refuses this host too",),
