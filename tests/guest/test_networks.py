@@ -190,3 +190,45 @@ def test_guests_stay_connected_while_the_daemon_is_away(lab):
     lab.start()
     assert sh(lab, "web", "ping -c 1 -W 10 db.inn")[0]
     assert lab.inn.network("lab")["state"] == "active"
+
+
+def test_a_connection_is_followed_to_where_it_ends(lab, host):
+    before = of_host(host)
+
+    def check(*target):
+        found = lab.inn.vm("web").network_check(*target)
+        return found["reached"], found["hops"][-1]["name"], found["hops"][-1]["text"]
+
+    assert check("10.77.0.1", 53) == (True, "target", "10.77.0.1:53 answers")
+    assert check("db.inn", 81)[:2] == (False, "target")
+    assert check("10.77.0.1", 22)[1:] == (
+        "firewall",
+        "Innkeeper's own rules drop it: table inet innkeeper, chain to-host",
+    )
+    assert check("nobody.inn", 80)[:2] == (False, "name")
+    assert check("192.0.2.2", 81)[:2] == (False, "target")
+    assert of_host(host) == before
+
+
+def test_another_firewall_is_named_by_doctor_and_check_and_before_a_boot(lab, host):
+    run(host, "ip", "route", "add", "default", "via", "192.0.2.2")
+    run(host, "iptables", "-P", "FORWARD", "DROP")
+    try:
+        (found,) = [one for one in lab.inn.network_doctor("lab") if one["code"] == "foreign-firewall"]
+        assert found["evidence"] == ["table ip filter, chain FORWARD: type filter hook forward; policy drop"]
+        last = lab.inn.vm("web").network_check("192.0.2.2", 80)["hops"][-1]
+        assert last["text"] == "another firewall drops it: table ip filter, chain FORWARD"
+        spec = vm_spec("late", "tiny", memory="256M", disk="8M", network="lab")
+        begun = lab.inn.create(spec, ready=False).wait()
+        assert any("table ip filter, chain FORWARD" in text for text in begun.result["warnings"])
+        lab.inn.vm("late").delete(force=True)
+    finally:
+        run(host, "nft", "delete", "table", "ip", "filter")
+        run(host, "ip", "route", "del", "default")
+
+
+def test_what_a_check_left_is_removed(lab, host):
+    lab.kill()
+    run(host, "nft", "add", "table", "bridge", "innkeeper-check-of-a-daemon-that-was-killed")
+    lab.start()
+    assert "innkeeper-check" not in run(host, "nft", "list", "tables")

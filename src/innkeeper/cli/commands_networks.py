@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from innkeeper.cli.arguments import BETWEEN, NO_WAIT
+from innkeeper.cli.arguments import BETWEEN, NO_WAIT, VM
 from innkeeper.cli.table import Argument as A
 from innkeeper.cli.table import Command as C
 
@@ -37,6 +37,33 @@ NETWORKS: tuple[C, ...] = (
         (A(("network",), "name of the network", {"metavar": "NETWORK"}, "network"),),
         ("inn network info lab",),
         "document",
+    ),
+    C(
+        "network doctor",
+        BETWEEN,
+        "find what keeps guests from the network: firewalls, routes, names",
+        "network_doctor:doctor",
+        (
+            A(("network",), "name of one network; all by default", {"metavar": "NETWORK", "nargs": "?"}, "network"),
+            A(("--fix",), "put right what is safe to", {"action": "store_true"}),
+        ),
+        ("inn network doctor", "inn network doctor lab --fix"),
+        "document",
+        "Ends with 1 where something is wrong. What belongs to other programs is never changed: the command is shown.",
+    ),
+    C(
+        "network check",
+        BETWEEN,
+        "follow a connection from a guest to a target, and say where it ends",
+        "network_check:check",
+        (
+            VM,
+            A(("target",), "address or name, and port: example.com:443, [fd00::1]:80", {"metavar": "HOST:PORT"}),
+            A(("--udp",), "UDP instead of TCP", {"action": "store_true"}),
+        ),
+        ("inn network check web example.com:443", "inn network check web db.inn:53 --udp"),
+        "document",
+        "The guest's agent sends the probe. Ends with 1 where the target is not reached.",
     ),
     C(
         "network rm",

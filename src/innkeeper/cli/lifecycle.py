@@ -13,12 +13,12 @@ from innkeeper.client import Innkeeper, Operation
 def _act(inn: Innkeeper, args: Namespace, action: str, said: str) -> int:
     timeout: float | None = getattr(args, "timeout", None)
     force = bool(getattr(args, "force", False))
-    return conclude_all(
-        args,
-        args.vms,
-        lambda name: inn.vm(name).act(action, force=force, timeout=timeout),
-        lambda operation: f"{operation.target}: {operation.text}" if operation.idle else f"{operation.target} {said}",
-    )
+
+    def done(operation: Operation) -> str:
+        warn(operation)
+        return f"{operation.target}: {operation.text}" if operation.idle else f"{operation.target} {said}"
+
+    return conclude_all(args, args.vms, lambda name: inn.vm(name).act(action, force=force, timeout=timeout), done)
 
 
 def start(inn: Innkeeper, args: Namespace) -> int:

@@ -194,6 +194,15 @@ class Innkeeper:
         body = {"name": name, "mode": mode, "subnet": subnet, "ipv6": "auto" if ipv6 else "none", "note": note}
         return self.operate("POST", "/networks", document=body)
 
+    def network_doctor(self, name: str | None = None, *, fix: bool = False) -> list[dict[str, Any]]:
+        """What is wrong with the host's network for one network of it or all, the worst first: {code, level, networks,
+        what, evidence, consequence, fix, fixable, fixed}. With `fix` what is safe to put right is."""
+        if fix:
+            found: list[dict[str, Any]] = self.call("POST", "/network-doctor", document={"network": name})
+        else:
+            found = self.call("GET", "/network-doctor", query={"network": name})
+        return found
+
     def network_delete(self, name: str) -> Operation:
         """Remove a network that no VM is in."""
         return self.operate("DELETE", f"/networks/{self.part(name)}")

@@ -115,6 +115,13 @@ class VM:
         """Its snapshots."""
         return Snapshots(self._innkeeper, self.name)
 
+    def network_check(self, host: str, port: int, *, protocol: str = "tcp") -> dict[str, Any]:
+        """Have the guest connect to a target, and follow it: {vm, reached, hops: [{name, passed, text, evidence}]}.
+        The last hop is where the way ends. Takes seconds where nobody answers."""
+        body = {"host": host, "port": port, "protocol": protocol}
+        found: dict[str, Any] = self._innkeeper.call("POST", self._path("/network-check"), document=body, timeout=60)
+        return found
+
     # --- inside the guest, through its agent ---
 
     def exec_stream(

@@ -49,6 +49,7 @@ class Fabric:
             names = {network.bridge for network in self._networks.values()}
             for stray in set(await links.bridges()) - names:
                 await links.remove_bridge(stray)
+            await firewall.sweep()
             await firewall.apply(self._rules())
             await self._everything()
 
@@ -120,6 +121,13 @@ class Fabric:
                 await firewall.apply(self._rules())
                 found.append("the firewall's tables had been changed by another program: restored")
             return found
+
+    async def condition(self) -> tuple[bool, frozenset[str]]:
+        """Whether the rules are as they were made; ids of networks whose dnsmasq does not run. Nothing is put back."""
+        async with self._lock:
+            without = {network.id for network in self._networks.values() if not self._resolver(network).runs()}
+            whole = not self._networks or await firewall.is_whole(self._rules())
+            return whole, frozenset(without)
 
     def leases(self, network: str) -> dict[str, str]:
         """MAC → address of the cards that have asked for one."""

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Sequence
+import re
+import secrets
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 
 from innkeeper.base.child import start_child
 from innkeeper.base.errors import NetworkFailed, ToolMissing
 from innkeeper.host.gather import find_tool
 from innkeeper.plan.ruleset import TABLES, Command, objects
 
+CHECK = "innkeeper-check-"
+"""What the names of tables begin with that are there for one `inn network check`."""
 PACKAGES = {"nft": "nftables", "dnsmasq": "dnsmasq-base", "conntrack": "conntrack"}
 
 
@@ -32,10 +37,61 @@ async def dropped() -> dict[str, int]:
     return {counter["name"]: int(counter["packets"]) for counter in found}
 
 
+async def connections(protocol: str, source: str, target: str, port: int) -> list[str]:
+    """What the kernel keeps of connections from `source` to a port of `target`, as conntrack(8) writes it."""
+    family = "ipv6" if ":" in target else "ipv4"
+    wanted = ("-s", source, "-d", target, "--orig-port-dst", str(port))
+    _, text, _ = await _run("conntrack", "-L", "-f", family, "-p", protocol, *wanted)
+    return [line for line in text.splitlines() if line.startswith(protocol)]
+
+
 async def end_connections(protocol: str, port: int, address: str) -> None:
     """Forget the connections that came for a published port to `address`: their next packets lead nowhere."""
     # conntrack ends with 1 where there was none
     await _run("conntrack", "-D", "-p", protocol, "--orig-port-dst", str(port), "--reply-src", address)
+
+
+@asynccontextmanager
+async def traced(tap: str, protocol: str, target: str, port: int) -> AsyncIterator[list[str]]:
+    """Meanwhile the list gets what nftables did with each packet that a tap's guest sends to a port: `nft monitor
+    trace`, by a table of its own that marks them before any other looks at them."""
+    need("nft")
+    name, lines = f"{CHECK}{secrets.token_hex(4)}", list[str]()
+    version, field = ("ip6", "daddr") if ":" in target else ("ip", "daddr")
+    table = {"family": "bridge", "name": name}
+    chain = {"family": "bridge", "table": name, "name": "mark"}
+    expressions: list[Command] = [
+        {"match": {"op": "==", "left": {"meta": {"key": "iifname"}}, "right": tap}},
+        {"match": {"op": "==", "left": {"payload": {"protocol": version, "field": field}}, "right": target}},
+        {"match": {"op": "==", "left": {"payload": {"protocol": protocol, "field": "dport"}}, "right": port}},
+        {"mangle": {"key": {"meta": {"key": "nftrace"}}, "value": 1}},
+    ]
+    base = {"type": "filter", "hook": "prerouting", "prio": -400, "policy": "accept"}
+    rule = {"rule": {"family": "bridge", "table": name, "chain": "mark", "expr": expressions}}
+    monitor = await start_child(str(find_tool("nft")), "monitor", "trace", stdout=asyncio.subprocess.PIPE)
+    reader = asyncio.create_task(_read(monitor.stdout, lines))
+    try:
+        await apply([{"add": {"table": table}}, {"add": {"chain": chain | base}}, {"add": rule}])
+        yield lines
+    finally:
+        monitor.kill()
+        await monitor.wait()
+        reader.cancel()
+        await apply([{"add": {"table": table}}, {"delete": {"table": table}}])
+
+
+async def _read(stream: asyncio.StreamReader | None, lines: list[str]) -> None:
+    while stream is not None and (line := await stream.readline()):
+        lines.append(line.decode(errors="replace").strip())
+
+
+async def sweep() -> None:
+    """Remove what a check has left whose daemon was killed."""
+    _, text, _ = await _run("nft", "-j", "list", "tables")
+    for entry in json.loads(text or '{"nftables": []}')["nftables"]:
+        if entry.get("table", {}).get("name", "").startswith(CHECK):
+            table = {"family": entry["table"]["family"], "name": entry["table"]["name"]}
+            await apply([{"delete": {"table": table}}])
 
 
 def need(*tools: str) -> None:
@@ -44,6 +100,24 @@ def need(*tools: str) -> None:
         if find_tool(tool) is None:
             package = PACKAGES[tool]
             raise ToolMissing(f"{tool} is not installed", hint=f"apt install {package}", package=package)
+
+
+async def of_others(*, lines: bool) -> tuple[list[Command], dict[tuple[str, str, int], str]]:
+    """Other programs' tables, and with `lines` their rules as nft writes them, by family, table and handle."""
+    _, text, _ = await _run("nft", "-j", "list", "tables")
+    tables = [entry["table"] for entry in json.loads(text or '{"nftables": []}')["nftables"] if "table" in entry]
+    found: list[Command] = []
+    words: dict[tuple[str, str, int], str] = {}
+    for family, name in ((table["family"], table["name"]) for table in tables):
+        if (family, name) in TABLES or name.startswith(CHECK):
+            continue
+        status, text, _ = await _run("nft", "-j", "list", "table", family, name)
+        found += json.loads(text)["nftables"] if status == 0 else []
+        if lines:
+            _, text, _ = await _run("nft", "-a", "list", "table", family, name)
+            for line, handle in re.findall(r"^\s*(.+?) # handle (\d+)$", text, re.MULTILINE):
+                words[family, name, int(handle)] = line
+    return found, words
 
 
 async def _listed() -> list[Command]:

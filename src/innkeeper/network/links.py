@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
+import socket
 import struct
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
@@ -12,11 +14,17 @@ from typing import Any
 
 from innkeeper.base.errors import NetworkFailed
 from innkeeper.plan.network import BRIDGE, Network, Subnet
+from innkeeper.plan.path import Way
+from innkeeper.plan.survey import Link, Route
 
 TUNSETIFF, IFF_TAP, IFF_NO_PI, IFF_VNET_HDR = 0x400454CA, 0x2, 0x1000, 0x4000
 """linux/if_tun.h."""
-NODAD, UP, MAIN = 0x2, 0x1, 254
-"""linux/if_addr.h: do not look whether others have the address; linux/if.h; linux/rtnetlink.h."""
+NODAD, UP, MAIN, UNICAST, PERMANENT = 0x2, 0x1, 254, 1, 0x80
+"""linux/if_addr.h: do not look whether others have the address; linux/if.h; linux/rtnetlink.h; a device's own MAC
+(linux/neighbour.h)."""
+LOCAL, UNREACHED = 2, 0x01 | 0x20
+"""linux/rtnetlink.h: an address of this host; linux/neighbour.h: NUD_INCOMPLETE, NUD_FAILED."""
+DEVICES = Path("/sys/class/net")
 
 
 @asynccontextmanager
@@ -100,6 +108,70 @@ async def routes() -> dict[Subnet, str]:
             if route.get("table") == MAIN and route.get("dst"):
                 found[Subnet(f"{route.get('dst')}/{route['dst_len']}")] = names.get(route.get("oif")) or "no device"
     return found
+
+
+async def everything() -> tuple[dict[str, Link], tuple[Route, ...], tuple[tuple[str, str, str], ...]]:
+    """All devices of the host by name, the main routing tables, and (bridge, port, MAC) of whom our bridges have heard:
+    for the doctor."""
+    async with _netlink() as netlink:
+        found = [link async for link in await netlink.get_links()]
+        names = {link["index"]: str(link.get("ifname")) for link in found}
+        addresses: dict[int, list[str]] = {}
+        async for address in await netlink.get_addr():
+            addresses.setdefault(address["index"], []).append(f"{address.get('address')}/{address['prefixlen']}")
+        links = {
+            names[link["index"]]: Link(
+                name=names[link["index"]], kind=link.get(("linkinfo", "kind")) or "", up=bool(link["flags"] & UP),
+                mtu=link.get("mtu"), mac=link.get("address") or "", master=names.get(link.get("master")),
+                wireless=is_wireless(names[link["index"]]), addresses=tuple(addresses.get(link["index"], ())),
+            )
+            for link in found
+        }  # fmt: skip
+        routes = []
+        async for route in await netlink.get_routes():
+            if route.get("table") == MAIN and route["type"] == UNICAST:
+                to = f"{route.get('dst') or ('0.0.0.0' if route['family'] == 2 else '::')}/{route['dst_len']}"
+                device = names.get(route.get("oif"), "no device")
+                routes.append(Route(to, device, route.get("gateway"), route.get("priority") or 0))
+        learned = []
+        async for entry in await netlink.fdb("dump"):
+            bridge = names.get(entry.get("master"), "")
+            if bridge.startswith(BRIDGE) and not entry["state"] & PERMANENT:
+                learned.append((bridge, names[entry["ifindex"]], entry.get("lladdr")))
+    return links, tuple(routes), tuple(learned)
+
+
+async def way_to(address: str) -> Way | None:
+    """By which device, next hop and source address the host sends there, and what it knows of that hop; None where it
+    has no route."""
+    async with _netlink() as netlink:
+        names = {link["index"]: str(link.get("ifname")) async for link in await netlink.get_links()}
+        try:
+            (route,) = await netlink.route("get", dst=address)
+        except Exception as error:
+            if getattr(error, "code", None) in (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EACCES, errno.EINVAL):
+                return None
+            raise
+        hop = route.get("gateway") or address
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        known = [entry async for entry in await netlink.get_neighbours(family=family) if entry.get("dst") == hop]
+        state = next((entry["state"] for entry in known if entry["ifindex"] == route.get("oif")), 0)
+        local = route["type"] == LOCAL
+        return Way(names[route.get("oif")], hop, route.get("prefsrc") or "", bool(state & UNREACHED), local)
+
+
+async def sent(tap: str) -> int | None:
+    """Frames that the guest has sent into a tap; None where it is not there."""
+    async with _netlink() as netlink:
+        if (index := await _index(netlink, tap)) is None:
+            return None
+        (link,) = await netlink.link("get", index=index)
+        return int(link.get("stats64")["rx_packets"])
+
+
+def is_wireless(name: str) -> bool:
+    """Whether the kernel has it as a Wi-Fi device."""
+    return any((DEVICES / name / mark).exists() for mark in ("wireless", "phy80211"))
 
 
 def open_tap(name: str) -> int:

@@ -55,16 +55,20 @@ class Resolver:
             resolver.DHCP_HOSTS: resolver.dhcp_hosts(nics),
         }
         changed = [name for name, text in files.items() if self._write(name, text)]
-        if self._alive() or self._found():
+        if self.runs():
             if changed:
                 self._signal(signal.SIGHUP)
             return False
         await self._start()
         return True
 
+    def runs(self) -> bool:
+        """Whether it does, now."""
+        return self._alive() or self._found()
+
     async def end(self) -> None:
         """Kill it, and take its folder away."""
-        while self._alive() or self._found():
+        while self.runs():
             self._signal(signal.SIGKILL)
             assert self._pidfd is not None
             await asyncio.to_thread(select.select, [self._pidfd], [], [], ENDING)

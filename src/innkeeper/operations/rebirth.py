@@ -69,7 +69,7 @@ async def at_first_start(ctx: Context) -> None:
         same = "machine-id is" if image and image["cloud_init"] else "hostname, machine-id and SSH host keys are"
         text = f"{vm['name']} has no agent that Innkeeper knows of: its {same} still as they were in the VM it is of"
         await world.events.append("vm.same-identity", text, target=dict(ctx.target), level="warning")
-        ctx.result["warnings"] = [text]
+        ctx.result["warnings"] = list(dict.fromkeys([*ctx.result.get("warnings", ()), text]))
     else:
         await vm_launch.wait_until_ready(ctx)
         if (machine := world.machines.get(vm["id"])) is None:

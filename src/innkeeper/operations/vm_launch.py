@@ -61,7 +61,7 @@ async def wait_until_ready(ctx: Context) -> None:
     for problem in problems:
         text = f"{vm['name']}: cloud-init says: {problem}"
         await ctx.world.events.append("vm.cloud-init", text, target=target, level="warning")
-    ctx.result["warnings"] = problems
+    ctx.result["warnings"] = list(dict.fromkeys([*ctx.result.get("warnings", ()), *problems]))
 
 
 async def _ready(machine: Machine, image: Value) -> list[str] | None:

@@ -16,6 +16,7 @@ from innkeeper.network.ports import is_free, who_listens
 from innkeeper.operations.captured import captured, memory_path
 from innkeeper.operations.chains import chain
 from innkeeper.operations.engine import Context, Step
+from innkeeper.operations.network_doctor import warn_before_boot
 from innkeeper.operations.networks import plugged_in
 from innkeeper.operations.vm_create import claim_ports, write_first_boot
 from innkeeper.operations.world import World
@@ -42,6 +43,8 @@ async def admit(ctx: Context) -> None:
         )
         check_memory(_expected(vm), host.memory, promised)
     await _check_ports(ctx)
+    if ctx.kind != "vm-fork":  # which takes less time than such a look
+        await warn_before_boot(ctx, vm)
     await _state(ctx, "starting")
 
 

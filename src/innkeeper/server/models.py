@@ -128,6 +128,45 @@ class NetworkView(Open):
     cards: list[dict[str, JsonValue]]
 
 
+class DoctorRequest(Model):
+    """Put right what is safe to, of one network or of all."""
+
+    network: Name | None = None
+
+
+class FindingView(Open):
+    """`fix`: commands that end it; `fixable`: asked to fix, the daemon does it itself; `fixed`: it just did."""
+
+    code: str
+    level: Literal["error", "warning", "note"]
+    networks: list[str]
+    what: str
+    evidence: list[str]
+    consequence: str
+    fix: list[str]
+    fixable: bool
+    fixed: bool
+
+
+class CheckRequest(Model):
+    """Where a guest is to connect to."""
+
+    host: str = Field(
+        pattern=r"^[A-Za-z0-9:][A-Za-z0-9:._-]{0,253}$", description="An address, or a name that the guest resolves"
+    )
+    port: int = Field(ge=1, le=65535)
+    protocol: Literal["tcp", "udp"] = "tcp"
+
+
+class CheckView(Open):
+    """`hops`: {name, passed, text, evidence} of each part of the way, as far as it goes; `passed` and `reached` null
+    where nobody can tell."""
+
+    vm: str
+    reached: bool | None
+    hops: list[dict[str, JsonValue]]
+
+
 class RecipeView(Open):
     name: str
     title: str
