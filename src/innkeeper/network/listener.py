@@ -24,6 +24,7 @@ class Listener:
         self._network, self._answer = network, answer
         self._nics: dict[str, Nic] = {}
         self._server: asyncio.Server | None = None
+        self._open: set[asyncio.StreamWriter] = set()
         self._bridge = 0
 
     async def ensure(self, nics: Iterable[Nic]) -> bool:
@@ -42,10 +43,12 @@ class Listener:
         return True
 
     def end(self) -> None:
-        """Hear nobody any more. A connection that is open ends by itself."""
+        """Hear nobody any more."""
         if self._server is not None:
             self._server.close()
             self._server = None
+        for writer in self._open:
+            writer.transport.abort()
 
     def _bound(self) -> socket.socket:
         listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
@@ -61,8 +64,10 @@ class Listener:
         return listener
 
     async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._open.add(writer)
         try:
             if nic := self._nics.get(writer.get_extra_info("peername")[0]):
                 await self._answer(nic, reader, writer)
         finally:
+            self._open.discard(writer)
             writer.close()
