@@ -66,6 +66,11 @@ COMMANDS: tuple[C, ...] = (
                 "environment variable in the guest, K=V, or K with its value here; may be repeated",
                 {"metavar": "K[=V]", "action": "append"},
             ),
+            A(
+                ("--metadata",),
+                "the guest can ask 169.254.169.254 for its own data, user-data included",
+                {"action": "store_true"},
+            ),
             A(("--note",), "free text for people", {"metavar": "TEXT", "default": ""}),
             A(("--no-start",), "make it, but leave it stopped", {"action": "store_true"}),
             A(("--force",), "even where the host has too little memory", {"action": "store_true"}),

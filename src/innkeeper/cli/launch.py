@@ -29,6 +29,8 @@ def launch(inn: Innkeeper, args: Namespace) -> int:
         raise usage_error(args, "--publish needs a network card whose cable is plugged in: drop --nic none")
     if args.nic and args.network:
         raise usage_error(args, "--network and --nic are two ways of saying where the card is plugged in: drop one")
+    if args.metadata and not args.network:
+        raise usage_error(args, "--metadata is asked through a network: add --network (inn network ls)")
     if args.iso and not Path(args.iso).is_file():
         raise usage_error(args, f"--iso {args.iso}: there is no such file")
     keys, private = _keys(inn, args)
@@ -48,6 +50,7 @@ def launch(inn: Innkeeper, args: Namespace) -> int:
         "network_config": text(args, "network_config"),
         "ignition": text(args, "ignition"),
         "env": environment(args, args.env or ()),
+        "metadata": args.metadata,
         "note": args.note,
     }
     operation = _begin(inn, args, options)

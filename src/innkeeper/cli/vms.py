@@ -150,6 +150,8 @@ def _network(vm: dict[str, Any], spec: dict[str, Any], ssh: bool) -> list[tuple[
             mode = f"in {nic['network']}" + (f", {vm['address']}" if not index and vm.get("address") else "")
         parts = (mode, nic.get("model"), nic.get("mac"))
         lines.append(("" if index else "Network", " · ".join(str(part) for part in parts if part)))
+    if spec.get("metadata"):
+        lines.append(("Metadata", ["http://169.254.169.254", ("  answers this guest", "dim")]))
     for index, one in enumerate(forwards(vm)):
         address, protocol = one.get("address") or "127.0.0.1", one.get("protocol") or "tcp"
         purpose = "  inn ssh " + vm["name"] if ssh and one["host"] == vm.get("ssh_port") else ""

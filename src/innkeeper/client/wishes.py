@@ -48,6 +48,7 @@ def vm_spec(
     network_config: str | None = None,
     ignition: str | None = None,
     env: Mapping[str, str] | None = None,
+    metadata: bool = False,
     note: str = "",
 ) -> dict[str, Any]:
     """A VM spec. Sizes are bytes or text like `2G`; `disk` is the first disk's size, or one size per disk.
@@ -80,6 +81,7 @@ def vm_spec(
         "disks": None,
         "nics": [card] if nic or network or forwards else None,
         "first_boot": {key: value for key, value in first_boot.items() if value not in (None, [], {})} or None,
+        "metadata": metadata or None,
         "note": note or None,
     }
     if disk is not None:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from innkeeper.base.errors import NetworkFailed, NotFound, Unsupported
 from innkeeper.network import firewall, forwarding, links
+from innkeeper.network.listener import Answer, Listener
 from innkeeper.network.resolver import Resolver
 from innkeeper.network.watch import Watch
 from innkeeper.plan import ruleset
@@ -35,6 +36,9 @@ class Fabric:
         self._lock = asyncio.Lock()
         self._owner: socket.socket | None = None
         self.watch = Watch()
+        self.metadata: Answer | None = None
+        """What answers a guest that asks for its data; nothing listens without."""
+        self._listeners: dict[str, Listener] = {}
 
     @property
     def has_networks(self) -> bool:
@@ -68,6 +72,7 @@ class Fabric:
             self._networks.pop(network.id, None)
             await self._resolver(network).end()
             self._resolvers.pop(network.id)
+            await self._listen(network)
             await firewall.apply(self._rules() if self._networks else ruleset.clear())
             await links.remove_bridge(network.bridge)
             if not self._routed():
@@ -92,6 +97,7 @@ class Fabric:
                 await firewall.apply(self._rules())
             for network in {nic.network for nic in (*before, *nics)} & self._networks.keys():
                 await self._resolver(self._networks[network]).ensure(self._of(network))
+                await self._listen(self._networks[network])
             await _end_connections(before, nics)
 
     async def open_taps(self, vm: str, names: Iterable[str]) -> list[int]:
@@ -145,6 +151,8 @@ class Fabric:
 
     def release(self) -> None:
         """The daemon leaves; the networks stay."""
+        for listener in self._listeners.values():
+            listener.end()
         self._disown()
 
     # --- the parts ---
@@ -165,7 +173,20 @@ class Fabric:
             self._folder.mkdir(mode=0o755, parents=True, exist_ok=True)
             forwarding.switch_on(self._record)
             found.append("forwarding between the host's networks was off: switched on")
+        for network in self._networks.values():
+            if await self._listen(network):
+                found.append(f"the metadata service of network {network.name} was away: listens again")
         return found
+
+    async def _listen(self, network: Network) -> bool:
+        """The metadata service hears those guests that want it. True where it did not. Raises `NetworkFailed`."""
+        if self.metadata and any(nic.metadata for nic in self._of(network.id)):
+            if network.id not in self._listeners:
+                self._listeners[network.id] = Listener(network, self.metadata)
+            return await self._listeners[network.id].ensure(self._of(network.id))
+        if listener := self._listeners.pop(network.id, None):
+            listener.end()
+        return False
 
     def _rules(self) -> list[ruleset.Command]:
         return ruleset.everything(self._networks.values(), [nic for cards in self._nics.values() for nic in cards])
@@ -224,7 +245,9 @@ def _difference(before: tuple[Nic, ...], after: tuple[Nic, ...]) -> list[ruleset
         if tap not in old:
             commands += ruleset.nic_added(nic)
         elif old[tap] != nic:
-            commands += [*ruleset.publish_changed(old[tap], nic), *ruleset.nic_added(nic)]
+            commands += [
+                *ruleset.publish_changed(old[tap], nic), *ruleset.metadata_removed(old[tap]), *ruleset.nic_added(nic),
+            ]  # fmt: skip
     return commands
 
 

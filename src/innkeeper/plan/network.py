@@ -20,6 +20,8 @@ from innkeeper.spec.nic import PortForward
 
 Subnet = ipaddress.IPv4Network
 BRIDGE, TAP = "innbr-", "inn-"
+METADATA, METADATA_PORT = "169.254.169.254", 16925
+"""Where guests ask for their data (port 80), and the TCP port of each gateway that such a question is led to."""
 SUBNETS = tuple(ipaddress.IPv4Network("10.77.0.0/16").subnets(new_prefix=24))
 """What is tried in turn for a network that asks for no subnet."""
 
@@ -65,6 +67,11 @@ class Nic:
     address: str
     address6: str | None
     publish: tuple[PortForward, ...] = ()
+    metadata: bool = False
+
+    @property
+    def bridge(self) -> str:
+        return BRIDGE + self.network[:9]
 
     @property
     def tap(self) -> str:
@@ -116,7 +123,8 @@ def nics_of(
             continue
         address6 = str(by_mac(network.prefix, mac)) if network.prefix else None
         publish = tuple(PortForward.model_validate(forward) for forward in spec["publish"])
-        found.append(Nic(vm["id"], vm["name"], index, network.id, mac, address, address6, publish))
+        metadata = bool(vm["spec"].get("metadata"))
+        found.append(Nic(vm["id"], vm["name"], index, network.id, mac, address, address6, publish, metadata))
     return tuple(found)
 
 

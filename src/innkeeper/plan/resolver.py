@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from innkeeper.plan.network import Network, Nic
+from innkeeper.plan.network import METADATA, Network, Nic
 
 CONFIG, HOSTS, LEASES = "dnsmasq.conf", "hosts", "leases/leases"
 DHCP_HOSTS = "dhcp-hosts"
+ASKS = "metadata"
+"""dnsmasq's tag of cards that may ask the metadata service, and need a route to it where there is no other."""
 
 
 def config(network: Network, folder: str, user: str) -> str:
@@ -35,6 +37,7 @@ def config(network: Network, folder: str, user: str) -> str:
     ]
     if network.mode != "nat":
         lines += ["no-resolv", "dhcp-option=option:router"]  # nobody to ask, and no way out
+        lines.append(f"dhcp-option-force=tag:{ASKS},option:classless-static-route,{METADATA}/32,{network.gateway}")
     if network.prefix:
         lines += [f"dhcp-range={network.prefix.network_address},ra-stateless,64,12h", "enable-ra"]
         if network.mode != "nat":
@@ -53,7 +56,7 @@ def hosts(network: Network, nics: Iterable[Nic]) -> str:
 
 def dhcp_hosts(nics: Iterable[Nic]) -> str:
     """MAC and address, one card per line."""
-    return "".join(f"{nic.mac},{nic.address}\n" for nic in nics)
+    return "".join(f"{nic.mac},{f'set:{ASKS},' * nic.metadata}{nic.address}\n" for nic in nics)
 
 
 def leases(text: str) -> dict[str, str]:

@@ -11,7 +11,7 @@ import ipaddress
 from collections.abc import Iterable
 from typing import Any
 
-from innkeeper.plan.network import BRIDGE, TAP, Network, Nic
+from innkeeper.plan.network import BRIDGE, METADATA, METADATA_PORT, TAP, Network, Nic
 
 Command = dict[str, Any]
 Expression = dict[str, Any]
@@ -81,6 +81,7 @@ def nic_added(nic: Nic) -> list[Command]:
         {"flush": {"chain": chain}},
         *(_rule(B, nic.tap, *rule) for rule in _own_packets(nic)),
         {"add": {"element": B | {"name": "nics", "elem": [[nic.tap, {"jump": {"target": nic.tap}}]]}}},
+        *metadata_added(nic),
         *publish_added(nic),
     ]
 
@@ -93,8 +94,19 @@ def nic_removed(nic: Nic) -> list[Command]:
         {"flush": {"chain": chain}},
         {"delete": {"chain": chain}},
         {"delete": {"counter": chain}},
+        *metadata_removed(nic),
         *publish_removed(nic),
     ]
+
+
+def metadata_added(nic: Nic) -> list[Command]:
+    """It may ask the metadata service, if its VM wants that."""
+    return [_element("metadata", {"concat": [nic.bridge, nic.address]})] if nic.metadata else []
+
+
+def metadata_removed(nic: Nic) -> list[Command]:
+    """It may no more."""
+    return [{"delete": command["add"]} for command in metadata_added(nic)]
 
 
 def publish_added(nic: Nic) -> list[Command]:
@@ -195,7 +207,7 @@ def _own_packets(nic: Nic) -> list[list[Expression]]:
 def _sets() -> list[Command]:
     types: dict[str, str | list[str]] = {
         "gateways4": ["ifname", "ipv4_addr"], "gateways6": ["ifname", "ipv6_addr"], "loops": ["ifname", "ifname"],
-        "internal": "ifname", "nat": "ifname",
+        "metadata": ["ifname", "ipv4_addr"], "internal": "ifname", "nat": "ifname",
     }  # fmt: skip
     ranges = {"nat4": "ipv4_addr", "nat6": "ipv6_addr"}
     return [
@@ -220,6 +232,7 @@ def _host() -> list[Command]:
         _rule(I, "to-host", gateway6, *dns),
         _rule(I, "to-host", gateway4, _match(_field("icmp", "type"), "echo-request"), ACCEPT),
         _rule(I, "to-host", gateway6, _match(_field("icmpv6", "type"), "echo-request"), ACCEPT),
+        _rule(I, "to-host", ASKS, _match(_field("tcp", "dport"), METADATA_PORT), REDIRECTED, ACCEPT),
         _rule(I, "to-host", _match(_field("udp", "dport"), {"set": [67, 547]}), ACCEPT),
         _rule(I, "to-host", _match(_field("icmpv6", "type"), NEIGHBOURS), ACCEPT),
         _rule(I, "to-host", DROP),
@@ -231,6 +244,10 @@ def _host() -> list[Command]:
         _rule(
             I, "to-internal", _match(PROTOCOL, {"set": ["tcp", "udp"]}),
             _match(_field("th", "sport"), {"set": [53, 67, 547]}), ACCEPT,
+        ),
+        _rule(
+            I, "to-internal", _match(_field("tcp", "sport"), METADATA_PORT), REDIRECTED,
+            _match({"ct": {"key": "direction"}}, "reply"), ACCEPT,
         ),
         _rule(I, "to-internal", DROP),
         _chain(I, "output", "filter", "output", 0),
@@ -244,6 +261,9 @@ def _between() -> list[Command]:
     within = _match({"concat": [IIF, OIF]}, "@loops")  # seen here only where br_netfilter is loaded
     return [
         {"add": {"chain": I | {"name": "leaving"}}},
+        # Nobody routes link-local addresses; the metadata service of the cloud that the host runs in has such a one.
+        _rule(I, "leaving", _match(_field("ip", "daddr"), LINK_LOCAL), DROP),
+        _rule(I, "leaving", _match(_field("ip6", "daddr"), "fd00:ec2::254"), DROP),
         _rule(I, "leaving", to_bridge, DROP),
         _rule(I, "leaving", _match(IIF, "@nat"), ACCEPT),
         _rule(I, "leaving", DROP),
@@ -265,6 +285,11 @@ def _translation() -> list[Command]:
     where = {"vmap": {"key": {"concat": [PROTOCOL, _field("th", "dport")]}, "data": "@published"}}
     return [
         _chain(I, "published-in", "nat", "prerouting", -100),
+        _rule(
+            I, "published-in", ASKS, _match(_field("ip", "daddr"), METADATA), _match(_field("tcp", "dport"), 80),
+            # what systems send with: one less has been through a router or a container's bridge in the guest
+            _match(_field("ip", "ttl"), {"set": [64, 128, 255]}), {"redirect": {"port": METADATA_PORT}},
+        ),
         _rule(I, "published-in", _match(IIF, f"{BRIDGE}*"), ACCEPT),
         _rule(I, "published-in", where),
         _chain(I, "published-out", "nat", "output", -100),
@@ -276,7 +301,7 @@ def _translation() -> list[Command]:
         _rule(
             I, "masquerade", _match(_field("ip", "saddr"), LOOPBACK), _match(OIF, f"{BRIDGE}*"), {"masquerade": None}
         ),
-    ]
+    ]  # fmt: skip
 
 
 def _published(nic: Nic, verb: str) -> list[Command]:
@@ -308,3 +333,8 @@ def _field(protocol: str, field: str) -> Expression:
 
 def _prefix(network: ipaddress.IPv4Network | ipaddress.IPv6Network) -> Expression:
     return {"prefix": {"addr": str(network.network_address), "len": network.prefixlen}}
+
+
+LINK_LOCAL = _prefix(ipaddress.IPv4Network("169.254.0.0/16"))
+ASKS = _match({"concat": [IIF, _field("ip", "saddr")]}, "@metadata")
+REDIRECTED = _match({"ct": {"key": "status"}}, "dnat", "in")

@@ -37,6 +37,7 @@ from innkeeper.qemu.capabilities import capabilities, find_qemu
 from innkeeper.qemu.probe import probe
 from innkeeper.server.app import create_app
 from innkeeper.server.context import Context
+from innkeeper.server.metadata import Metadata
 from innkeeper.storage import cage
 from innkeeper.store.contract import update
 from innkeeper.store.events import EventLog
@@ -144,6 +145,7 @@ async def _bring_up(home: Home, store: SQLiteStore) -> Context:
     world = World(home, store, events, machines, verdict, qemu)
     engine = Engine(world, VERBS, Faults.from_environment())
     await machines.adopt()
+    world.fabric.metadata = Metadata(world).answer
     try:
         await networks.begin(world)
     except InnkeeperError as error:

@@ -70,6 +70,9 @@ class VMSpec(Model):
         description="Host path of a disc to boot once; ejected after the guest restarts",
     )
     first_boot: FirstBoot = FirstBoot()
+    metadata: bool = Field(
+        default=False, description="The guest can ask 169.254.169.254 for its own data, user-data included"
+    )
     note: str = Field(default="", max_length=1000, description="Free text for people")
 
     @field_validator("iso")
@@ -92,6 +95,8 @@ class VMSpec(Model):
             if addresses and (forward.address in addresses or "0.0.0.0" in {forward.address, *addresses}):
                 raise ValueError(f"host port {forward.host}/{forward.protocol} is published twice")
             addresses.add(forward.address)
+        if self.metadata and not any(nic.network for nic in self.nics):
+            raise ValueError("the metadata service is asked through a network: give a card one (--network)")
         macs = [nic.mac for nic in self.nics if nic.mac]
         if len(macs) != len(set(macs)):
             raise ValueError("two NICs have the same MAC address")
