@@ -10,9 +10,9 @@ shell script.
 
 machine-id(5); random(4): RNDADDENTROPY credits what it is given, RNDRESEEDCRNG uses it at once, while what is only
 written to /dev/urandom is used up to a minute later; netdevice(7): SIOCSIFHWADDR; sshd(8): SIGHUP makes it read its
-keys again. System call numbers are those of x86-64, as the machines are. A card that comes into a network of ours is
-taken down meanwhile (netdevice(7), SIOCADDRT of linux/route.h): that makes the kernel forget the routes and IPv6
-addresses of before, and a DHCP client that watches the link ask again.
+keys again; linux/route.h: SIOCDELRT, SIOCADDRT; disable_ipv6 of ip-sysctl.rst makes the kernel forget addresses and ask
+for a router again. System call numbers are those of x86-64, as the machines are. No link is taken down meanwhile:
+systemd-networkd would look for its configuration again, by the MAC address that it has read there.
 """
 
 from __future__ import annotations
@@ -67,6 +67,11 @@ sync
 """Before the capture: of the host keys only the one stays that each fork gets its own of. Where systemd can listen for
 sshd, it starts one when somebody comes, with the keys of then; else the one that runs has to read them again."""
 
+CONFIGURATIONS = (
+    "/etc/systemd/network/*.network /etc/netplan/*.yaml /etc/network/interfaces /etc/network/interfaces.d/*"
+)
+"""What may tell a card by its MAC address, as cloud-init writes it."""
+
 _PERL = rf"""
 # Whatever can be done before the capture is done before: each fork pays for the rest.
 my @said;
@@ -101,23 +106,26 @@ my $resolvers = -f "/etc/resolv.conf" && !-l "/etc/resolv.conf" && ready("/etc/r
 socket(my $any, 2, 2, 0);
 opendir(my $nics, "/sys/class/net");
 my %nic_with = map {{ get("/sys/class/net/$_/address") =~ /(.+)/ ? ($1 => $_) : () }} grep {{ !/^\./ }} readdir $nics;
+my $switch = "/proc/sys/net/ipv6/conf/%s/disable_ipv6";
+my %ipv6 = map {{ get(sprintf $switch, $_) =~ /^0/ ? ($_ => ready(sprintf($switch, $_), "+<")) : () }} values %nic_with;
+my @naming = map {{
+  my ($file, $text) = ($_, get($_));
+  (grep {{ index($text, $_) >= 0 }} keys %nic_with) ? [ready($file, "+>>"), $text] : ();
+}} glob("{CONFIGURATIONS}");
 sub card {{
   my ($nic, $what, $request) = @_;
   ioctl($any, $what, $request) or warn "$nic: $!\n";
-  $request;
-}}
-sub flags {{
-  my ($nic, $without, $with) = @_;
-  my $flags = unpack("x16 S", card($nic, 0x8913, pack("a16 x24", $nic)));
-  card($nic, 0x8914, pack("a16 S x22", $nic, $flags & ~$without | $with));
 }}
 sub settle {{
   my ($nic, $address, $mask, $gateway, $resolver, $domain) = @_;
+  my $default = pack("x8 S x14 S x14 S x14 S x30 p x24", 2, 2, 2, 1, $nic);
+  1 while ioctl($any, 0x890c, $default);
   for my $set ([0x8916, $address], [0x891c, $mask]) {{
     card($nic, $set->[0], pack("a16 S x2 a4 x16", $nic, 2, pack("H*", $set->[1])));
   }}
-  flags($nic, 0, 1);
-  card($nic, 0x890b, pack("x8 S x14 S x2 a4 x8 S x14 S x62", 2, 2, pack("H*", $gateway), 2, 3)) if $gateway;
+  my $way = pack("x8 S x14 S x2 a4 x8 S x14 S x30 p x24", 2, 2, pack("H*", $gateway), 2, 3, $nic);
+  card($nic, 0x890b, $way) if $gateway;
+  if ($ipv6{{$nic}}) {{ syswrite($ipv6{{$nic}}, $_) for 1, 0 }}
   put($resolvers, "search $domain\nnameserver $resolver\n") if $resolvers;
 }}
 sub reborn {{
@@ -128,6 +136,11 @@ sub reborn {{
   put($called, "$who{{name}}\n");
   put($_, "$who{{machine_id}}\n") for @machine_ids;
   put($hosts, join("127.0.1.1 $who{{name}}", @hosts)) if $hosts;
+  for my $each (@naming) {{
+    my ($to, $text) = @$each;
+    $text =~ s/\b(..(?::..){{5}})\b/$who{{$1}} || $1/ge;
+    put($to, $text);
+  }}
   if ($private) {{
     put($private, pack("H*", $who{{private}}));
     put($public, pack("H*", $who{{public}}));
@@ -136,10 +149,8 @@ sub reborn {{
   for my $old (keys %nic_with) {{
     my $mac = $who{{$old}} or next;
     my $nic = $nic_with{{$old}};
-    my $place = $who{{"$old,place"}};
-    flags($nic, 1, 0) if $place;
     card($nic, 0x8924, pack("a16 S a22", $nic, 1, pack("H*", $mac =~ tr/://dr)));
-    settle($nic, split(/,/, $place)) if $place;
+    settle($nic, split(/,/, $who{{"$old,place"}})) if $who{{"$old,place"}};
   }}
   syswrite($now_called, $who{{name}}) or warn "the hostname: $!\n";
   my $now = pack("qq", $who{{seconds}}, $who{{microseconds}});
@@ -250,13 +261,17 @@ for nic in /sys/class/net/*; do
   case "$mac" in {macs}*) ;; esac
   [ -n "$new" ] || continue
   nic=${{nic##*/}}
-  [ -z "$at" ] || ip link set dev "$nic" down
   ip link set dev "$nic" address "$new"
+  for file in {CONFIGURATIONS}; do
+    if [ -f "$file" ] && grep -q "$mac" "$file"; then sed -i "s/$mac/$new/g" "$file"; fi
+  done
   [ -n "$at" ] || continue
+  ip -4 route flush dev "$nic"
   ip -4 addr flush dev "$nic"
   ip addr add "$at" brd + dev "$nic"
-  ip link set dev "$nic" up
-  [ -z "$gateway" ] || ip route add default via "$gateway" dev "$nic"
+  [ -z "$gateway" ] || ip route replace default via "$gateway" dev "$nic"
+  switch=/proc/sys/net/ipv6/conf/$nic/disable_ipv6
+  if [ "$(cat "$switch" 2>/dev/null)" = 0 ]; then echo 1 >"$switch"; echo 0 >"$switch"; fi
   [ -L /etc/resolv.conf ] || echo "search $domain
 nameserver $resolver" >/etc/resolv.conf
 done

@@ -66,8 +66,9 @@ async def load(monitor: Monitor, state: bytes, *, saved: bool = False) -> None:
     """Put the state of all devices into a QEMU that waits for it, with the RAM it belongs to. `saved`: it is of `save`,
     not of `snapshot`.
 
-    No card announces itself, as after a migration to another host. Linux hangs for good where its link is taken down
-    while it does that (6.12: virtnet_close waits for work that waits for the lock that it holds), as a fork's is.
+    No card announces itself, as after a migration to another host: a guest has better things to do in its first moment,
+    and Linux (6.12) hangs for good where its link is taken down meanwhile (virtnet_close waits for work that waits for
+    the lock that it holds).
     """
     fd = os.memfd_create("innkeeper-devices", os.MFD_CLOEXEC)
     try:
