@@ -10,7 +10,6 @@ A bridge of somebody else's is not touched at all: guests are just plugged into 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -52,7 +51,7 @@ async def check_parent(name: str) -> bool:
             raise InvalidInput(f"{name} is no Ethernet interface, so it has no place in a bridge", field="parent")
         check_wired(name)
         if parent.get("master"):
-            owner = next((link.get("ifname") for link in links.values() if link["index"] == parent["master"]), "")
+            owner = next((link.get("ifname") for link in links.values() if link["index"] == parent.get("master")), "")
             raise InvalidInput(
                 f"{name} is in {owner} already", hint=f"if that is a bridge: --parent {owner}", field="parent"
             )
@@ -198,21 +197,18 @@ def _route(route: Any) -> Moved:
     fields |= {"tos": route["tos"]} if route["tos"] else {}
     fields |= {"scope": route["scope"]} if route["family"] == 2 else {}
     fields |= {"flags": route["flags"] & 0x4} if route["flags"] & 0x4 else {}  # RTNH_F_ONLINK
-    for name in ("gateway", "priority", "prefsrc", "metrics"):
+    for name in ("gateway", "priority", "prefsrc"):
         if route.get(name) is not None:
-            fields[name] = _plain(route.get(name))
+            fields[name] = route.get(name)
+    if metrics := route.get("metrics"):
+        fields["metrics"] = {name.removeprefix("RTAX_").lower(): value for name, value in metrics["attrs"]}
     return fields
-
-
-def _plain(value: Any) -> Any:
-    """Attributes in attributes as a mapping."""
-    return {"attrs": [list(pair) for pair in value["attrs"]]} if isinstance(value, Mapping) else value
 
 
 async def _strip(netlink: Any, index: int, before: Moved) -> None:
     """The interface without its addresses and routes. With the addresses the kernel takes most of the routes away."""
     for route in before["routes"]:
-        await _unless(("No such process",), netlink.route("del", **_options(route), oif=index))
+        await _unless(("No such process",), netlink.route("del", **route, oif=index))
     for address in before["addresses"]:
         gone = netlink.addr("del", index=index, address=address["address"], prefixlen=address["prefixlen"])
         await _unless(("Cannot assign",), gone)
@@ -227,13 +223,7 @@ async def _settle(netlink: Any, index: int, what: Moved, more_flags: int = 0) ->
         flags = address["flags"] | (more_flags if ":" in address["address"] else 0)
         await netlink.addr("replace", index=index, **fields, **({"flags": flags} if flags else {}))
     for route in sorted(what["routes"], key=lambda route: "gateway" in route):
-        await netlink.route("replace", **_options(route), oif=index)
-
-
-def _options(route: Moved) -> Moved:
-    if "metrics" not in route:
-        return route
-    return route | {"metrics": {"attrs": [tuple(pair) for pair in route["metrics"]["attrs"]]}}
+        await netlink.route("replace", **route, oif=index)
 
 
 async def _unless(words: tuple[str, ...], change: Any) -> None:
