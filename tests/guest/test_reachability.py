@@ -156,16 +156,13 @@ def lab(host):
         daemon.inn.network_create("elsewhere").wait()
         small = {"image": "tiny", "memory": "192M", "disk": "8M", "cpus": 1}
         peer = vm_spec("peer", **small) | {"nics": [{"mode": "network", "network": name} for name in networks.values()]}
-        booting = [daemon.inn.create(peer), daemon.inn.create(vm_spec("bridged", **small, network="lan"))]
-        daemon.inn.warm("tiny", vm_spec("warming", **small)).wait()
-        forked = {mode: name for mode, name in networks.items() if mode != "bridged"} | {"other": "elsewhere"}
-        for name, network in forked.items():
-            daemon.inn.fork("tiny-warm", name=name, network=network)
-        for operation in booting:
+        alone = networks | {"other": "elsewhere"}
+        specs = [peer, *(vm_spec(name, **small, network=network) for name, network in alone.items())]
+        for operation in [daemon.inn.create(spec) for spec in specs]:
             operation.wait()
         daemon.networks = networks
         yield daemon
-        for name in (*forked, "bridged", "peer"):
+        for name in (*alone, "peer"):
             daemon.inn.vm(name).delete(force=True)
         for name in ("default", "cell", "vault", "lan", "elsewhere"):
             daemon.inn.network_delete(name).wait()
