@@ -65,8 +65,9 @@ for my $n (0 .. $#ARGV) {{
   socket(my $s, $six ? 10 : 2, 1, 0);
   my $to = pack("H*", $hex);
   my $ok = connect($s, $six ? pack("S n N a16 N", 10, {PORT}, 0, $to, 0) : pack("S n a4 x8", 2, {PORT}, $to));
-  my $got = $ok && sysread($s, my $heard, 100) ? $heard : "-";
-  print "$n $got\\n"; exit;
+  my $heard = "-";
+  sysread($s, $heard, 100) or $heard = "-" if $ok;
+  print "$n $heard\\n"; exit;
 }}
 1 while wait > 0;
 """
@@ -107,6 +108,7 @@ def host(outside, tmp_path_factory):
             run(where, "ip", "addr", "add", f"{addresses[0]}/24", "dev", "eth0")
             run(where, "ip", "addr", "add", f"{addresses[1]}/64", "dev", "eth0", "nodad")
             run(where, "ip", "link", "set", "eth0", "up")
+        run(name, "sysctl", "-qw", "net.ipv6.conf.eth0.accept_ra=0")  # it has its addresses
         for address in OUTSIDE:
             run(name, "ip", "route", "add", "default", "via", address)
         run(outside, "ip", "route", "add", "10.77.0.0/16", "via", HOST[0])
