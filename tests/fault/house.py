@@ -24,10 +24,13 @@ from innkeeper.client.errors import ApiError, DaemonUnreachable
 from innkeeper.client.operation import Operation
 from innkeeper.operations.image_verify import digest as _digest
 from innkeeper.plan.chain import file_name
+from innkeeper.plan.network import network_of
 from innkeeper.qemu import cgroup
 from innkeeper.qemu.process import Pid
 
 IN_BETWEEN = {"creating", "starting", "stopping", "deleting"}
+UPLINK, FAR_END, UPLINK_ADDRESS = "eth0", "far-end", "192.0.2.1"
+"""Of the namespace in which networks are made: its way out."""
 SETTLE = 20
 """Seconds after which what has not come to rest counts as stuck."""
 
@@ -214,17 +217,25 @@ class House(Daemon):
             yield f"claimed are the subnets {subnets}"
         if deleting and any(network["state"] == "deleting" for network in networks.values()):
             return  # of what it had on the host, any part may be gone
-        links = {link["ifname"] for link in json.loads(run(host, "ip", "-j", "link"))} - {"lo"}
-        if links != {f"innbr-{id[:9]}" for id in networks}:
-            yield f"the host has {links}, and the networks are {set(networks)}"
+        known = {network_of(network) for network in networks.values()}
+        links = {link["ifname"]: link for link in json.loads(run(host, "ip", "-j", "addr"))}
+        if links.keys() != {"lo", UPLINK, FAR_END, *(network.bridge for network in known)}:
+            yield f"the host has {set(links)}, and the networks are {set(networks)}"
+        taken_in = [network.bridge for network in known if network.parent]
+        has_the_address = [name for name, link in links.items() if UPLINK_ADDRESS in str(link["addr_info"])]
+        if has_the_address != (taken_in or [UPLINK]) or [links[UPLINK].get("master")] != (taken_in or [None]):
+            yield f"the host's own address is on {has_the_address}, and the bridges over it are {taken_in}"
+        if not any(route["dst"] == "default" for route in json.loads(run(host, "ip", "-j", "route"))):
+            yield "the host's way out is gone"
         tables = json.loads(run(host, "nft", "-j", "list", "tables"))["nftables"][1:]
         if len(tables) != (2 if networks else 0):
             yield f"the host has the tables {tables}, and the networks are {set(networks)}"
-        if run(host, "cat", "/proc/sys/net/ipv4/ip_forward") != ("1\n" if networks else "0\n"):
+        with_subnet = [network for network in known if network.subnet]
+        if run(host, "cat", "/proc/sys/net/ipv4/ip_forward") != ("1\n" if with_subnet else "0\n"):
             yield "forwarding is not what it should be"
         resolvers = [name for name in programs(host).values() if name == "dnsmasq"]
-        if len(resolvers) != len(networks):
-            yield f"there are {len(resolvers)} dnsmasq and {len(networks)} networks"
+        if len(resolvers) != len(with_subnet):
+            yield f"there are {len(resolvers)} dnsmasq and {len(with_subnet)} networks with addresses of ours"
         for network in networks.values():
             if network["state"] != "active":
                 yield f"network {network['name']} is {network['state']} for ever"

@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from house import House, scratch
+from house import UPLINK, House, scratch
 
 from innkeeper.client import Innkeeper
 from innkeeper.client.operation import Operation
@@ -96,6 +96,14 @@ def update(inn: Innkeeper) -> Operation:
 
 def have_network(house: House) -> None:
     house.inn.network_create(NAME).wait()
+
+
+def have_bridged(house: House) -> None:
+    create_bridged(house.inn).wait()
+
+
+def create_bridged(inn: Innkeeper) -> Operation:
+    return inn.network_create(NAME, mode="bridged", parent=UPLINK)
 
 
 def has_network(house: House) -> None:
@@ -466,7 +474,11 @@ SCENARIOS: dict[str, Scenario] = {
     "vm-fork": Scenario(lambda inn: inn.forks(WARM, [NAME])[0], state("running"), gone, have_warm),
     "vm-fork, of a VM": Scenario(fork_vm, forked, not_forked, run_uefi, lost="action-refused"),
     "network-create": Scenario(lambda inn: inn.network_create(NAME), has_network, has_no_network),
+    "network-create, bridged": Scenario(create_bridged, has_network, has_no_network),
     "network-delete": Scenario(lambda inn: inn.network_delete(NAME), has_no_network, may_be_half_deleted, have_network),
+    "network-delete, bridged": Scenario(
+        lambda inn: inn.network_delete(NAME), has_no_network, may_be_half_deleted, have_bridged
+    ),
     "vm-create": Scenario(lambda inn: inn.create(spec(), start=False), state("stopped"), gone),
     "vm-launch": Scenario(lambda inn: inn.create(spec(), ready=False), state("running"), gone),
     "vm-clone": Scenario(clone(), cloned(1, 1), not_cloned(1), run_uefi),

@@ -6,8 +6,8 @@ works (house.py `check`, scenarios.py).
 """
 
 import pytest
-from house import House, attempt
-from namespaces import namespace
+from house import FAR_END, UPLINK, UPLINK_ADDRESS, House, attempt
+from namespaces import namespace, run
 from scenarios import SCENARIOS
 
 from innkeeper.operations.engine import UNDO_ATTEMPTS, Verb
@@ -75,8 +75,13 @@ def kept():
 
 @pytest.fixture(scope="module")
 def elsewhere():
-    """A network namespace, for what changes the host's network."""
+    """A network namespace, for what changes the host's network: with an interface that leads outside."""
     with namespace("fault") as name:
+        run(name, "ip", "link", "add", UPLINK, "type", "veth", "peer", "name", FAR_END)
+        run(name, "ip", "addr", "add", UPLINK_ADDRESS + "/24", "dev", UPLINK)
+        for link in (UPLINK, FAR_END):
+            run(name, "ip", "link", "set", link, "up")
+        run(name, "ip", "route", "add", "default", "via", "192.0.2.2")
         yield name
 
 

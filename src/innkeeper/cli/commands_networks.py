@@ -16,17 +16,30 @@ NETWORKS: tuple[C, ...] = (
             A(("name",), "its name", {"metavar": "NAME"}),
             A(
                 ("--mode",),
-                "nat: guests reach out (default); host-only: they and the host; internal: they alone",
-                {"choices": ("nat", "host-only", "internal"), "default": "nat"},
+                "nat: guests reach out (default); host-only: they and the host; internal: they alone; bridged: they are"
+                " on the network outside",
+                {"choices": ("nat", "host-only", "internal", "bridged")},
+            ),
+            A(
+                ("--parent",),
+                "bridged: the host's interface or bridge that leads outside, like eth0 or br0",
+                {"metavar": "INTERFACE"},
             ),
             A(("--subnet",), "private IPv4, like 10.77.0.0/24; one that is free by default", {"metavar": "SUBNET"}),
             A(("--no-ipv6",), "IPv4 only", {"action": "store_true"}),
+            A(("--dns-domain",), "guests find each other as NAME.DOMAIN; inn by default", {"metavar": "DOMAIN"}),
+            A(("--mtu",), "bytes that a packet has at most", {"metavar": "BYTES", "type": int}),
             A(("--note",), "free text for people", {"metavar": "TEXT", "default": ""}),
             NO_WAIT,
         ),
-        ("inn network create lab", "inn network create vault --mode internal --no-ipv6"),
+        (
+            "inn network create lab",
+            "inn network create vault --mode internal --no-ipv6",
+            "inn network create lan --parent eth0",
+        ),
         "document",
-        "Needs a daemon that runs as root. Guests get their address by DHCP and find each other as NAME.inn.",
+        "Needs a daemon that runs as root. Guests get their address by DHCP and find each other as NAME.inn; in a "
+        "bridged network, from the DHCP server outside. docs/networks.md tells which mode fits.",
     ),
     C("network ls", BETWEEN, "list networks", "networks:ls", (), ("inn network ls",), "list"),
     C(

@@ -188,10 +188,23 @@ class Innkeeper:
         return document
 
     def network_create(
-        self, name: str, *, mode: str = "nat", subnet: str | None = None, ipv6: bool = True, note: str = ""
+        self,
+        name: str,
+        *,
+        mode: str = "nat",
+        parent: str | None = None,
+        subnet: str | None = None,
+        ipv6: bool = True,
+        dns_domain: str | None = None,
+        mtu: int | None = None,
+        note: str = "",
     ) -> Operation:
-        """Make a network: `mode` nat, host-only or internal; `subnet` like 10.77.0.0/24 or a free one."""
-        body = {"name": name, "mode": mode, "subnet": subnet, "ipv6": "auto" if ipv6 else "none", "note": note}
+        """Make a network: `mode` nat, host-only, internal or bridged, which needs a `parent` like eth0 or br0; `subnet`
+        like 10.77.0.0/24 or a free one; `dns_domain` inn by default; `mtu` in bytes."""
+        body: dict[str, Any] = {"name": name, "mode": mode, "parent": parent, "subnet": subnet, "note": note}
+        body |= {} if mtu is None else {"mtu": mtu}
+        body |= {} if ipv6 else {"ipv6": "none"}
+        body |= {"dns_domain": dns_domain} if dns_domain else {}
         return self.operate("POST", "/networks", document=body)
 
     def network_doctor(self, name: str | None = None, *, fix: bool = False) -> list[dict[str, Any]]:

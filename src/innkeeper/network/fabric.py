@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from innkeeper.base.errors import NetworkFailed, NotFound, Unsupported
-from innkeeper.network import firewall, forwarding, links
+from innkeeper.network import firewall, forwarding, links, uplink
 from innkeeper.network.listener import Answer, Listener
 from innkeeper.network.resolver import Resolver
 from innkeeper.network.watch import Watch
@@ -70,11 +70,15 @@ class Fabric:
         async with self._lock:
             self._own()
             self._networks.pop(network.id, None)
-            await self._resolver(network).end()
-            self._resolvers.pop(network.id)
-            await self._listen(network)
+            if network.subnet:
+                await self._resolver(network).end()
+                self._resolvers.pop(network.id)
+                await self._listen(network)
             await firewall.apply(self._rules() if self._networks else ruleset.clear())
-            await links.remove_bridge(network.bridge)
+            if network.subnet:
+                await links.remove_bridge(network.bridge)
+            elif not network.onto_bridge:
+                await uplink.give_back(network, self._moved(network))
             if not self._routed():
                 forwarding.put_back(self._record)
             if not self._networks:
@@ -95,7 +99,7 @@ class Fabric:
                     await firewall.apply(commands)
             except NetworkFailed:  # somebody has taken away what they build upon
                 await firewall.apply(self._rules())
-            for network in {nic.network for nic in (*before, *nics)} & self._networks.keys():
+            for network in {nic.network for nic in (*before, *nics) if nic.address} & self._networks.keys():
                 await self._resolver(self._networks[network]).ensure(self._of(network))
                 await self._listen(self._networks[network])
             await _end_connections(before, nics)
@@ -131,7 +135,8 @@ class Fabric:
     async def condition(self) -> tuple[bool, frozenset[str]]:
         """Whether the rules are as they were made; ids of networks whose dnsmasq does not run. Nothing is put back."""
         async with self._lock:
-            without = {network.id for network in self._networks.values() if not self._resolver(network).runs()}
+            with_dhcp = [network for network in self._networks.values() if network.subnet]
+            without = {network.id for network in with_dhcp if not self._resolver(network).runs()}
             whole = not self._networks or await firewall.is_whole(self._rules())
             return whole, frozenset(without)
 
@@ -161,13 +166,16 @@ class Fabric:
         """All but the rules is there; sentences about what was not."""
         found = []
         for network in self._networks.values():
-            if await links.ensure_bridge(network):
+            if network.onto_bridge:
+                continue
+            ensured = links.ensure_bridge(network) if network.subnet else uplink.ensure(network, self._moved(network))
+            if await ensured:
                 found += [f"bridge {network.bridge} of network {network.name} had been removed or changed: restored"]
         taps = {nic.tap: self._networks[nic.network].bridge for cards in self._nics.values() for nic in cards}
         if taps and (lost := await links.ensure_attached(taps)):
             found.append(f"{len(lost)} NICs had lost their bridge: plugged in again")
         for network in self._networks.values():
-            if await self._resolver(network).ensure(self._of(network.id)):
+            if network.subnet and await self._resolver(network).ensure(self._of(network.id)):
                 found += [f"the dnsmasq of network {network.name} had ended: started again"]
         if self._routed() and not forwarding.is_on():
             self._folder.mkdir(mode=0o755, parents=True, exist_ok=True)
@@ -201,6 +209,9 @@ class Fabric:
 
     def _routed(self) -> bool:
         return any(network.mode == "nat" for network in self._networks.values())
+
+    def _moved(self, network: Network) -> Path:
+        return self._folder / f"uplink-{network.id}.json"
 
     @property
     def _record(self) -> Path:
@@ -253,8 +264,8 @@ def _difference(before: tuple[Nic, ...], after: tuple[Nic, ...]) -> list[ruleset
 
 async def _end_connections(before: tuple[Nic, ...], after: tuple[Nic, ...]) -> None:
     """Of ports that are published no more, or elsewhere."""
-    now = {(nic.address, forward) for nic in after for forward in nic.publish}
-    gone = {(nic.address, forward) for nic in before for forward in nic.publish} - now
+    now = {(nic.address, forward) for nic in after if nic.address for forward in nic.publish}
+    gone = {(nic.address, forward) for nic in before if nic.address for forward in nic.publish} - now
     for address, forward in gone:
         with suppress(NetworkFailed):
             await firewall.end_connections(forward.protocol, forward.host, address)

@@ -28,7 +28,8 @@ DEVICES = Path("/sys/class/net")
 
 
 @asynccontextmanager
-async def _netlink() -> AsyncIterator[Any]:
+async def open_netlink() -> AsyncIterator[Any]:
+    """A connection to the kernel, whose refusals become `NetworkFailed`."""
     # Imported here: it takes a third of a second, and a host without networks never needs it.
     from pyroute2 import AsyncIPRoute
     from pyroute2.netlink.exceptions import NetlinkError
@@ -43,10 +44,11 @@ async def _netlink() -> AsyncIterator[Any]:
 async def ensure_bridge(network: Network) -> bool:
     """The bridge is there, up and has its addresses. True where something of that was missing."""
     missing = False
+    assert network.subnet and network.gateway
     wanted = {(network.gateway, network.subnet.prefixlen)}
     if network.prefix:
         wanted.add((str(network.gateway6), network.prefix.prefixlen))
-    async with _netlink() as netlink:
+    async with open_netlink() as netlink:
         index = await _index(netlink, network.bridge)
         if index is None:
             missing = True
@@ -59,6 +61,9 @@ async def ensure_bridge(network: Network) -> bool:
         # What the host publishes on its loopback only: its answers come back through the bridge.
         _set(f"ipv4/conf/{network.bridge}/route_localnet", "1" if network.mode == "nat" else "0")
         (link,) = await netlink.link("get", index=index)
+        if network.mtu and link.get("mtu") != network.mtu:
+            missing = True
+            await netlink.link("set", index=index, mtu=network.mtu)
         if not link["flags"] & UP:
             missing = True
             await netlink.link("set", index=index, state="up")
@@ -71,15 +76,17 @@ async def ensure_bridge(network: Network) -> bool:
 
 
 async def ensure_attached(taps: Mapping[str, str]) -> list[str]:
-    """Each tap that is there, by name, is up and a port of its bridge. Returns those that were not."""
+    """Each tap that is there, by name, is up and a port of its bridge, with its MTU: the smallest of its ports becomes
+    that of a bridge that has been told none. Returns those that were not."""
     changed = []
-    async with _netlink() as netlink:
+    async with open_netlink() as netlink:
         links = {link.get("ifname"): link async for link in await netlink.get_links()}
         for tap, bridge in taps.items():
             link, master = links.get(tap), links.get(bridge)
             if link is None or master is None or (link.get("master") == master["index"] and link["flags"] & UP):
                 continue
             _set(f"ipv6/conf/{tap}/disable_ipv6", "1")  # the host has nothing to say on it
+            await netlink.link("set", index=link["index"], mtu=master.get("mtu"))
             await netlink.link("set", index=link["index"], master=master["index"], state="up")
             changed.append(tap)
     return changed
@@ -87,14 +94,14 @@ async def ensure_attached(taps: Mapping[str, str]) -> list[str]:
 
 async def remove_bridge(name: str) -> None:
     """The bridge away, if it is there."""
-    async with _netlink() as netlink:
+    async with open_netlink() as netlink:
         if (index := await _index(netlink, name)) is not None:
             await netlink.link("del", index=index)
 
 
 async def bridges() -> list[str]:
     """Names of all bridges of ours."""
-    async with _netlink() as netlink:
+    async with open_netlink() as netlink:
         names = [link.get("ifname") async for link in await netlink.get_links()]
     return [name for name in names if name.startswith(BRIDGE)]
 
@@ -102,7 +109,7 @@ async def bridges() -> list[str]:
 async def routes() -> dict[Subnet, str]:
     """IPv4 destinations of the main routing table, with the device that each leads through."""
     found = {}
-    async with _netlink() as netlink:
+    async with open_netlink() as netlink:
         names = {link["index"]: link.get("ifname") async for link in await netlink.get_links()}
         async for route in await netlink.get_routes(family=2):
             if route.get("table") == MAIN and route.get("dst"):
@@ -113,7 +120,7 @@ async def routes() -> dict[Subnet, str]:
 async def everything() -> tuple[dict[str, Link], tuple[Route, ...], tuple[tuple[str, str, str], ...]]:
     """All devices of the host by name, the main routing tables, and (bridge, port, MAC) of whom our bridges have heard:
     for the doctor."""
-    async with _netlink() as netlink:
+    async with open_netlink() as netlink:
         found = [link async for link in await netlink.get_links()]
         names = {link["index"]: str(link.get("ifname")) for link in found}
         addresses: dict[int, list[str]] = {}
@@ -144,7 +151,7 @@ async def everything() -> tuple[dict[str, Link], tuple[Route, ...], tuple[tuple[
 async def way_to(address: str) -> Way | None:
     """By which device, next hop and source address the host sends there, and what it knows of that hop; None where it
     has no route."""
-    async with _netlink() as netlink:
+    async with open_netlink() as netlink:
         names = {link["index"]: str(link.get("ifname")) async for link in await netlink.get_links()}
         try:
             (route,) = await netlink.route("get", dst=address)
@@ -162,7 +169,7 @@ async def way_to(address: str) -> Way | None:
 
 async def sent(tap: str) -> int | None:
     """Frames that the guest has sent into a tap; None where it is not there."""
-    async with _netlink() as netlink:
+    async with open_netlink() as netlink:
         if (index := await _index(netlink, tap)) is None:
             return None
         (link,) = await netlink.link("get", index=index)

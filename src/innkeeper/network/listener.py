@@ -29,7 +29,7 @@ class Listener:
 
     async def ensure(self, nics: Iterable[Nic]) -> bool:
         """It listens, to these. True where it did not, or to a bridge that is gone. Raises `NetworkFailed`."""
-        self._nics = {nic.address: nic for nic in nics if nic.metadata}
+        self._nics = {nic.address: nic for nic in nics if nic.metadata and nic.address}
         try:
             bridge = socket.if_nametoindex(self._network.bridge)
             if self._server is not None and self._bridge == bridge:

@@ -114,7 +114,7 @@ def _last(said: str) -> str:
 
 
 def _source(seen: Seen) -> str:
-    return seen.nic.address6 or "" if ":" in str(seen.target) else seen.nic.address
+    return (seen.nic.address6 if ":" in str(seen.target) else seen.nic.address) or ""
 
 
 def _ports(line: str) -> str:

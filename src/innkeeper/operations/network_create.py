@@ -5,8 +5,9 @@ from __future__ import annotations
 from contextlib import suppress
 
 from innkeeper.base.clock import now
-from innkeeper.base.errors import Conflict, NameTaken, NotFound, ToolMissing, Unsupported
+from innkeeper.base.errors import Conflict, InvalidInput, NameTaken, NotFound, ToolMissing, Unsupported
 from innkeeper.base.ids import new_id
+from innkeeper.network.uplink import check_parent
 from innkeeper.operations.engine import Context, Step, Verb
 from innkeeper.operations.world import World
 from innkeeper.plan.network import Subnet, check_subnet, free_subnet, network_of, network_record
@@ -27,11 +28,16 @@ async def claim(ctx: Context) -> None:
     network_id = ctx.data["network"]
     while not await world.store.get(f"network/{network_id}"):
         taken = await world.store.get(SUBNETS)
-        record = network_record(network_id, spec, await _subnet(world, spec), now())
+        subnet, onto = await _subnet(world, spec), False
+        if spec.parent:
+            onto = await check_parent(spec.parent)
+            await _check_parent_is_free(world, spec.parent)
+        record = network_record(network_id, spec, subnet, now(), onto_bridge=onto)
         record["operation"] = {"id": ctx.operation, "kind": ctx.kind}
         writes: dict[str, Value | None] = {
             f"network/{network_id}": record,
             f"name/network/{spec.name}": {"id": network_id, "name": spec.name},
+            # also of a network without one: of two that want the same parent, the second sees the first
             SUBNETS: (taken.value if taken else {}) | {network_id: record["subnet"]},
         }
         checks = dict.fromkeys(writes, 0) | {SUBNETS: taken.revision if taken else 0}
@@ -42,12 +48,26 @@ async def claim(ctx: Context) -> None:
                 raise name_taken(spec.name) from None
 
 
-async def _subnet(world: World, spec: NetworkSpec) -> Subnet:
-    """What was asked for, or one that is free. Raises `InvalidInput`, `Unsupported`."""
+async def _check_parent_is_free(world: World, parent: str) -> None:
+    """Raises `InvalidInput` where another network is about to take it in."""
+    for document in await world.store.list("network/"):
+        if document.value.get("parent") == parent and not document.value["onto_bridge"]:
+            raise InvalidInput(
+                f"{parent} is the parent of network {document.value['name']} already",
+                hint="join that one: more than one VM may", field="parent",
+            )  # fmt: skip
+
+
+async def _subnet(world: World, spec: NetworkSpec) -> Subnet | None:
+    """What was asked for, or one that is free; none for a bridged network. Raises `InvalidInput`, `Unsupported`."""
+    if spec.mode == "bridged":
+        return None
     others = [network_of(document.value) for document in await world.store.list("network/")]
     routes = await world.fabric.subnets_of_host()
     if spec.subnet is None:
-        return free_subnet([*(other.subnet for other in others), *(route for route in routes if route.prefixlen)])
+        return free_subnet(
+            [*(other.subnet for other in others if other.subnet), *(route for route in routes if route.prefixlen)]
+        )
     wanted = Subnet(spec.subnet)
     check_subnet(wanted, others, routes)
     return wanted

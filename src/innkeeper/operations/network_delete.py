@@ -5,6 +5,7 @@ from __future__ import annotations
 from innkeeper.base.errors import InUse
 from innkeeper.operations.engine import Context, Step, Verb
 from innkeeper.operations.network_create import forget
+from innkeeper.operations.networks import cards
 from innkeeper.operations.world import World
 from innkeeper.plan.network import network_of
 from innkeeper.store.contract import Value, update
@@ -13,8 +14,7 @@ from innkeeper.store.contract import Value, update
 async def users(world: World, network_id: str) -> list[Value]:
     """The cards in a network: {name, nic, address} of each, by VM."""
     found = [
-        {"name": document.value["name"], "nic": document.value["nic"], "address": document.key.split("/")[2]}
-        for document in await world.store.list(f"address/{network_id}/")
+        {key: card[key] for key in ("name", "nic", "address")} for card in await cards(world, f"address/{network_id}/")
     ]
     return sorted(found, key=lambda card: (card["name"], card["nic"]))
 

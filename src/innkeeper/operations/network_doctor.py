@@ -40,7 +40,6 @@ async def _findings(world: World, wanted: list[str] | None, *, quick: bool = Fal
 
 
 async def _ours(world: World, known: dict[str, Network], quick: bool) -> Ours:
-    documents = {document.key: document.value for document in await world.store.list("network/")}
     # before a boot not looked at: it is healed within seconds, and takes the longer the more VMs there are
     whole, without = (True, frozenset[str]()) if quick else await world.fabric.condition()
     return Ours(
@@ -49,7 +48,6 @@ async def _ours(world: World, known: dict[str, Network], quick: bool) -> Ours:
         taken=Counter(document.key.split("/")[1] for document in await world.store.list("address/")),
         rules_whole=whole,
         without_resolver=without,
-        parents={value["id"]: value["parent"] for value in documents.values() if value.get("parent")},
     )
 
 

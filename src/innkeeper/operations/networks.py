@@ -11,9 +11,9 @@ from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager, suppress
 from time import monotonic
 
-from innkeeper.base.errors import ActionRefused, InnkeeperError
+from innkeeper.base.errors import ActionRefused, InnkeeperError, InvalidInput
 from innkeeper.operations.world import World
-from innkeeper.plan.network import Network, Nic, free_address, network_of, nics_of, place_of
+from innkeeper.plan.network import TAP, Network, Nic, free_address, network_of, nics_of, place_of, tap_name
 from innkeeper.plan.options import Tap
 from innkeeper.plan.rebirth import Place
 from innkeeper.spec.vm import VMSpec
@@ -47,14 +47,28 @@ async def places(world: World, vm: Value) -> dict[str, Place]:
     """What each of its cards in networks has there, by MAC."""
     known = await networks(world)
     by_id = {network.id: network for network in known.values()}
-    return {nic.mac: place_of(by_id[nic.network], nic) for nic in await nics(world, vm, known)}
+    return {nic.mac: place_of(by_id[nic.network], nic) for nic in await nics(world, vm, known) if nic.address}
 
 
-async def reachable(world: World, vm: Value) -> Nic | None:
-    """The first card that the host itself reaches; to an internal network it has no way."""
+async def reachable(world: World, vm: Value) -> str | None:
+    """The address of the first card that the host itself reaches; to an internal network it has no way."""
     known = await networks(world)
     open_to_host = {network.id for network in known.values() if network.mode != "internal"}
-    return next((nic for nic in await nics(world, vm, known) if nic.network in open_to_host), None)
+    cards = [nic for nic in await nics(world, vm, known) if nic.network in open_to_host]
+    found = (nic.address or world.outer_addresses.get((vm["id"], nic.index)) for nic in cards)
+    return next(filter(None, found), None)
+
+
+async def cards(world: World, prefix: str = "address/") -> list[Value]:
+    """{id, name, nic, network, address} of all cards in networks: `id` and `name` of the VM, `network` an id. The
+    address is None where the network outside gives it, and nobody has told it yet."""
+    found = []
+    for document in await world.store.list(prefix):
+        _, network, key = document.key.split("/")
+        who = document.value
+        address = world.outer_addresses.get((who["id"], who["nic"])) if key.startswith(TAP) else key
+        found.append(who | {"network": network, "address": address})
+    return found
 
 
 async def claim_addresses(world: World, spec: VMSpec, owner: Value) -> dict[str, Value]:
@@ -66,10 +80,19 @@ async def claim_addresses(world: World, spec: VMSpec, owner: Value) -> dict[str,
             continue
         document = await world.find("network", nic.network)
         network, prefix = network_of(document), f"address/{document['id']}/"
+        if nic.publish and network.mode != "nat":
+            raise InvalidInput(
+                f"ports are published out of nat networks, and {network.name} is {network.mode}",
+                hint="bridged: others reach the guest's own address; host-only: the host does",
+                field=f"spec.nics.{index}.publish",
+            )
         held = {found.key.removeprefix(prefix): found.value for found in await world.store.list(prefix)}
         mine = next((at for at, who in held.items() if (who["id"], who["nic"]) == (owner["id"], index)), None)
         taken = held.keys() | {key.removeprefix(prefix) for key in claims}
-        claims[prefix + (mine or free_address(network, taken))] = owner | {"nic": index}
+        if network.subnet:
+            claims[prefix + (mine or free_address(network, taken))] = owner | {"nic": index}
+        else:  # its address is the outer network's to say: this only says who is in it
+            claims[prefix + tap_name(owner["id"], index)] = owner | {"nic": index}
     return claims
 
 

@@ -30,6 +30,8 @@ class Said(NamedTuple):
     fix: tuple[str, ...]
 
 
+OUTSIDE = ipaddress.IPv4Network("192.0.2.0/24")
+"""Stands for the addresses of a network outside (RFC 5737)."""
 Look = Callable[[Network, Ours, Survey], Iterator[Said]]
 
 
@@ -125,6 +127,8 @@ def _rivals(network: Network, ours: Ours, survey: Survey) -> Iterator[Said]:
 
 def _packets(network: Network, ours: Ours, survey: Survey) -> Iterator[tuple[str, Any]]:
     """What has to pass: (words for it, an example)."""
+    if network.subnet is None:
+        return  # addresses and names are those of the network outside
     guest = str(network.subnet[2])
     yield (
         "DHCP requests of its guests",
@@ -196,7 +200,8 @@ def _in(entry: Any, drop: Drop) -> bool:
 def _bridged_frames(network: Network, ours: Ours, survey: Survey) -> Iterator[Said]:
     if survey.sysctls.get("bridge/bridge-nf-call-iptables") != "1":
         return
-    guests = [str(network.subnet[at]) for at in (2, 3)]
+    subnet = network.subnet or OUTSIDE
+    guests = [str(subnet[at]) for at in (2, 3)]
     within = packet(4, "tcp", 80, iifname=network.bridge, oifname=network.bridge, saddr=guests[0], daddr=guests[1])
     for drop in drops(survey.rules, within):
         where = f"table {drop.family} {drop.table}, chain {drop.chain}"
@@ -239,7 +244,7 @@ def _overlap(network: Network, ours: Ours, survey: Survey) -> Iterator[Said]:
 
 
 def _other_subnet(ours: Ours, survey: Survey) -> str:
-    taken = [network.subnet for network in ours.networks]
+    taken = [network.subnet for network in ours.networks if network.subnet]
     taken += [
         ipaddress.IPv4Network(route.to) for route in survey.routes if ":" not in route.to and route.to[:2] != "0."
     ]
@@ -275,7 +280,7 @@ def _other_mac(vm: str) -> str:
 
 def _wireless(network: Network, ours: Ours, survey: Survey) -> Iterator[Said]:
     ports = {name for name, link in survey.links.items() if link.master == network.bridge}
-    for name in sorted({*ports, *filter(None, (ours.parents.get(network.id),))}):
+    for name in sorted({*ports, *filter(None, (network.parent,))}):
         if name in survey.links and survey.links[name].wireless:
             yield Said(
                 f"network {network.name} is bridged onto {name}, which is Wi-Fi",
@@ -363,6 +368,8 @@ def _dns_loop(network: Network, ours: Ours, survey: Survey) -> Iterator[Said]:
 
 
 def _addresses(network: Network, ours: Ours, survey: Survey) -> Iterator[Said]:
+    if network.subnet is None:
+        return
     taken, room = ours.taken.get(network.id, 0), network.subnet.num_addresses - 3
     if taken >= FULL * room:
         yield Said(
@@ -370,13 +377,13 @@ def _addresses(network: Network, ours: Ours, survey: Survey) -> Iterator[Said]:
             (f"{taken} cards in {network.subnet}",),
             (
                 "inn ls   # remove VMs that nobody needs, or:",
-                f"inn network create {network.name}-2 --subnet {_larger(network)}",
+                f"inn network create {network.name}-2 --subnet {_larger(network.subnet)}",
             ),
         )
 
 
-def _larger(network: Network) -> str:
-    return f"172.20.0.0/{max(16, network.subnet.prefixlen - 4)}"
+def _larger(subnet: ipaddress.IPv4Network) -> str:
+    return f"172.20.0.0/{max(16, subnet.prefixlen - 4)}"
 
 
 def _connections(network: Network, ours: Ours, survey: Survey) -> Iterator[Said]:

@@ -1,6 +1,7 @@
 """A network as it will be on the host: names, addresses, and who has which. Everything follows from its document.
 
 Names on the host, which have at most 15 characters: `innbr-<9 digits>` is the bridge of the network whose id begins so,
+`innlan-<8 digits>` that of a bridged one which stands on an interface,
 `inn-<9 digits>-<n>` the tap of NIC n of the VM whose id begins so. Nothing else of ours bears such a name, and nothing
 that does is anybody else's.
 """
@@ -19,7 +20,8 @@ from innkeeper.spec.network import Mode, NetworkSpec
 from innkeeper.spec.nic import PortForward
 
 Subnet = ipaddress.IPv4Network
-BRIDGE, TAP = "innbr-", "inn-"
+BRIDGE, UPLINK, TAP = "innbr-", "innlan-", "inn-"
+OURS = (BRIDGE, UPLINK, TAP)
 METADATA, METADATA_PORT = "169.254.169.254", 16925
 """Where guests ask for their data (port 80), and the TCP port of each gateway that such a question is led to."""
 SUBNETS = tuple(ipaddress.IPv4Network("10.77.0.0/16").subnets(new_prefix=24))
@@ -28,17 +30,27 @@ SUBNETS = tuple(ipaddress.IPv4Network("10.77.0.0/16").subnets(new_prefix=24))
 
 @dataclass(frozen=True)
 class Network:
-    """One network. `gateway` is the host's own address in it, and the DNS server that guests are told."""
+    """One network. `gateway` is the host's own address in it, and the DNS server that guests are told.
+
+    A bridged one has no addresses of ours: no subnet, prefix or gateway. Its `parent` is an interface, which a bridge
+    of ours takes in, or a bridge of somebody else's, `onto_bridge`.
+    """
 
     id: str
     name: str
     mode: Mode
-    subnet: Subnet
+    subnet: Subnet | None
     prefix: ipaddress.IPv6Network | None
     domain: str
+    parent: str | None = None
+    onto_bridge: bool = False
+    mtu: int | None = None
 
     @property
     def bridge(self) -> str:
+        """What guests are plugged into."""
+        if self.parent is not None:
+            return self.parent if self.onto_bridge else UPLINK + self.id[:8]
         return BRIDGE + self.id[:9]
 
     @property
@@ -47,8 +59,8 @@ class Network:
         return "52:54:00:" + ":".join(self.id[at : at + 2] for at in (0, 2, 4))
 
     @property
-    def gateway(self) -> str:
-        return str(self.subnet[1])
+    def gateway(self) -> str | None:
+        return str(self.subnet[1]) if self.subnet else None
 
     @property
     def gateway6(self) -> str | None:
@@ -57,14 +69,15 @@ class Network:
 
 @dataclass(frozen=True)
 class Nic:
-    """A VM's card in a network: all that the firewall, DHCP and DNS know of it."""
+    """A VM's card in a network: all that the firewall, DHCP and DNS know of it. In a bridged one its address is not
+    ours to say."""
 
     vm: str
     name: str
     index: int
     network: str
     mac: str
-    address: str
+    address: str | None
     address6: str | None
     publish: tuple[PortForward, ...] = ()
     metadata: bool = False
@@ -87,13 +100,16 @@ def tap_name(vm: str, index: int) -> str:
     return f"{TAP}{vm[:9]}-{index}"
 
 
-def network_record(network_id: str, spec: NetworkSpec, subnet: Subnet, stamp: str) -> dict[str, Any]:
-    """The document of a new network."""
+def network_record(
+    network_id: str, spec: NetworkSpec, subnet: Subnet | None, stamp: str, *, onto_bridge: bool = False
+) -> dict[str, Any]:
+    """The document of a new network; `subnet` is None for a bridged one."""
     ula = hashlib.sha256(f"innkeeper/ula/{network_id}".encode()).digest()[:5]
-    prefix = ipaddress.IPv6Network((b"\xfd" + ula + bytes(10), 64)) if spec.ipv6 == "auto" else None
+    prefix = ipaddress.IPv6Network((b"\xfd" + ula + bytes(10), 64)) if spec.ipv6 == "auto" and subnet else None
     return {
-        "id": network_id, "name": spec.name, "mode": spec.mode, "subnet": str(subnet),
+        "id": network_id, "name": spec.name, "mode": spec.mode, "subnet": str(subnet) if subnet else None,
         "prefix": str(prefix) if prefix else None, "domain": spec.dns_domain, "note": spec.note, "created": stamp,
+        "parent": spec.parent, "onto_bridge": onto_bridge, "mtu": spec.mtu,
         "state": "creating", "operation": None,
     }  # fmt: skip
 
@@ -101,9 +117,11 @@ def network_record(network_id: str, spec: NetworkSpec, subnet: Subnet, stamp: st
 def network_of(document: Mapping[str, Any]) -> Network:
     """The document as a value."""
     prefix = ipaddress.IPv6Network(document["prefix"]) if document["prefix"] else None
+    subnet = Subnet(document["subnet"]) if document["subnet"] else None
     return Network(
-        document["id"], document["name"], document["mode"], Subnet(document["subnet"]), prefix, document["domain"]
-    )
+        document["id"], document["name"], document["mode"], subnet, prefix, document["domain"],
+        document.get("parent"), document.get("onto_bridge", False), document.get("mtu"),
+    )  # fmt: skip
 
 
 def by_mac(prefix: ipaddress.IPv6Network, mac: str) -> ipaddress.IPv6Address:
@@ -122,14 +140,17 @@ def nics_of(
         if network is None or (address := addresses.get((network.id, index))) is None:
             continue
         address6 = str(by_mac(network.prefix, mac)) if network.prefix else None
+        if network.subnet is None:
+            address = None
         publish = tuple(PortForward.model_validate(forward) for forward in spec["publish"])
-        metadata = bool(vm["spec"].get("metadata"))
+        metadata = bool(vm["spec"].get("metadata") and network.subnet)
         found.append(Nic(vm["id"], vm["name"], index, network.id, mac, address, address6, publish, metadata))
     return tuple(found)
 
 
 def place_of(network: Network, nic: Nic) -> Place:
-    """What DHCP would tell the card."""
+    """What DHCP would tell the card; in a network that has DHCP of ours."""
+    assert network.subnet and network.gateway
     address = ipaddress.IPv4Interface(f"{nic.address}/{network.subnet.prefixlen}")
     gateway = ipaddress.IPv4Address(network.gateway)
     return Place(address, gateway if network.mode == "nat" else None, gateway, network.domain)
@@ -137,6 +158,7 @@ def place_of(network: Network, nic: Nic) -> Place:
 
 def free_address(network: Network, taken: Collection[str]) -> str:
     """The lowest address that nobody has. Raises `Unsupported` where there is none."""
+    assert network.subnet
     for host in range(2, network.subnet.num_addresses - 1):
         if (address := str(network.subnet[host])) not in taken:
             return address
@@ -158,7 +180,7 @@ def free_subnet(taken: Iterable[Subnet]) -> Subnet:
 def check_subnet(wanted: Subnet, networks: Iterable[Network], routes: Mapping[Subnet, str]) -> None:
     """Raise `InvalidInput` where it overlaps another network of ours, or a route of the host (by its device)."""
     for network in networks:
-        if wanted.overlaps(network.subnet):
+        if network.subnet and wanted.overlaps(network.subnet):
             raise InvalidInput(
                 f"subnet {wanted} overlaps {network.subnet} of network {network.name}",
                 hint="leave --subnet out: a free one is found", field="subnet",

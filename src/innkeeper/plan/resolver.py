@@ -14,6 +14,7 @@ ASKS = "metadata"
 
 def config(network: Network, folder: str, user: str) -> str:
     """dnsmasq.conf. Addresses go only to cards that are known; names that clients give themselves count for nothing."""
+    assert network.subnet
     lines = [
         f"interface={network.bridge}",
         "except-interface=lo",
@@ -38,6 +39,8 @@ def config(network: Network, folder: str, user: str) -> str:
     if network.mode != "nat":
         lines += ["no-resolv", "dhcp-option=option:router"]  # nobody to ask, and no way out
         lines.append(f"dhcp-option-force=tag:{ASKS},option:classless-static-route,{METADATA}/32,{network.gateway}")
+    if network.mtu:  # advertisements say that of the bridge by themselves
+        lines.append(f"dhcp-option=option:mtu,{network.mtu}")
     if network.prefix:
         lines += [f"dhcp-range={network.prefix.network_address},ra-stateless,64,12h", "enable-ra"]
         if network.mode != "nat":

@@ -28,6 +28,8 @@ LOOPBACK = {"prefix": {"addr": "127.0.0.0", "len": 8}}
 TARGET: Expression = {"payload": {"base": "th", "offset": 64, "len": 128}}
 """The address that a neighbour solicitation or advertisement is about (RFC 4861, 4.3 and 4.4)."""
 MEMBERSHIP = {"set": ["mld-listener-report", "mld2-listener-report"]}
+ON_THE_OUTSIDE = 0x10000000
+"""A bit of the mark of packets from guests in bridged networks: only the bridge sees which tap they come from."""
 NEIGHBOURS = {"set": ["nd-neighbor-solicit", "nd-neighbor-advert", "nd-router-solicit", *MEMBERSHIP["set"]]}
 
 
@@ -50,7 +52,14 @@ def everything(networks: Iterable[Network], nics: Iterable[Nic]) -> list[Command
 
 
 def network_added(network: Network) -> list[Command]:
-    """The elements of one network."""
+    """The elements of one network. A bridge of somebody else's is left alone."""
+    if network.subnet is None:
+        if network.onto_bridge:
+            return []
+        return [
+            _element("bridged", network.bridge),
+            _element("loops", {"concat": [network.bridge, network.bridge]}),
+        ]
     commands = [
         _element("gateways4", {"concat": [network.bridge, network.gateway]}),
         _element("loops", {"concat": [network.bridge, network.bridge]}),
@@ -173,6 +182,8 @@ def _own_packets(nic: Nic) -> list[list[Expression]]:
     """Only from its own MAC and addresses, only IPv4, IPv6 and ARP, and nothing that only a router or a DHCP server
     says. The rest is dropped and counted."""
     drop: list[Expression] = [{"counter": nic.tap}, DROP]
+    if nic.address is None:
+        return _own_packets_outside(nic, drop)
     addresses = [nic.link_local, *([nic.address6] if nic.address6 else [])]
     targets = {"set": ["0x" + ipaddress.IPv6Address(address).packed.hex() for address in addresses]}
     kind = _field("icmpv6", "type")
@@ -204,10 +215,25 @@ def _own_packets(nic: Nic) -> list[list[Expression]]:
     ]
 
 
+def _own_packets_outside(nic: Nic, drop: list[Expression]) -> list[list[Expression]]:
+    """The same where the network outside says who has which address."""
+    mark: Expression = {"meta": {"key": "mark"}}
+    marked: Expression = {"mangle": {"key": mark, "value": {"|": [mark, ON_THE_OUTSIDE]}}}
+    return [
+        [_match(_field("ether", "saddr"), nic.mac, "!="), *drop],
+        [_match(_field("vlan", "id"), {"range": [0, 4095]}), *drop],
+        [_match(_field("udp", "sport"), {"set": [67, 547]}), *drop],
+        [_match(_field("icmpv6", "type"), {"set": ["nd-router-advert", "nd-redirect"]}), *drop],
+        [_match(_field("arp", "saddr ether"), nic.mac, "!="), *drop],
+        [_match(_field("ether", "type"), {"set": ["ip", "ip6", "arp"]}), marked, ACCEPT],
+        drop,
+    ]
+
+
 def _sets() -> list[Command]:
     types: dict[str, str | list[str]] = {
         "gateways4": ["ifname", "ipv4_addr"], "gateways6": ["ifname", "ipv6_addr"], "loops": ["ifname", "ifname"],
-        "metadata": ["ifname", "ipv4_addr"], "internal": "ifname", "nat": "ifname",
+        "metadata": ["ifname", "ipv4_addr"], "internal": "ifname", "nat": "ifname", "bridged": "ifname",
     }  # fmt: skip
     ranges = {"nat4": "ipv4_addr", "nat6": "ipv6_addr"}
     return [
@@ -218,8 +244,8 @@ def _sets() -> list[Command]:
 
 
 def _host() -> list[Command]:
-    """Guests reach of the host only DHCP, DNS and the ping of their own gateway; the host reaches all but internal
-    networks."""
+    """Guests reach of the host only DHCP, DNS and the ping of their own gateway, those that are bridged by us its ping;
+    the host reaches all but internal networks."""
     from_bridge, to_internal = _match(IIF, f"{BRIDGE}*"), _match(OIF, "@internal")
     gateway4 = _match({"concat": [IIF, _field("ip", "daddr")]}, "@gateways4")
     gateway6 = _match({"concat": [IIF, _field("ip6", "daddr")]}, "@gateways6")
@@ -238,6 +264,13 @@ def _host() -> list[Command]:
         _rule(I, "to-host", DROP),
         _chain(I, "input", "filter", "input", 0),
         _rule(I, "input", from_bridge, {"jump": {"target": "to-host"}}),
+        {"add": {"chain": I | {"name": "to-host-outside"}}},
+        _rule(I, "to-host-outside", established, ACCEPT),
+        _rule(I, "to-host-outside", _match(_field("icmp", "type"), "echo-request"), ACCEPT),
+        _rule(I, "to-host-outside", _match(_field("icmpv6", "type"), "echo-request"), ACCEPT),
+        _rule(I, "to-host-outside", _match(_field("icmpv6", "type"), NEIGHBOURS), ACCEPT),
+        _rule(I, "to-host-outside", DROP),
+        _rule(I, "input", *_bridged_by_us(), {"jump": {"target": "to-host-outside"}}),
         {"add": {"chain": I | {"name": "to-internal"}}},
         _rule(I, "to-internal", _match(PROTOCOL, "ipv6-icmp"), ACCEPT),
         _rule(I, "to-internal", _match(_field("icmp", "type"), "echo-reply"), ACCEPT),
@@ -273,6 +306,7 @@ def _between() -> list[Command]:
         _rule(I, "entering", DROP),
         _chain(I, "forward", "filter", "forward", 0),
         _rule(I, "forward", within, ACCEPT),
+        _rule(I, "forward", *_bridged_by_us(), DROP),  # the host is no router for them
         _rule(I, "forward", from_bridge, {"jump": {"target": "leaving"}}),
         _rule(I, "forward", to_bridge, {"jump": {"target": "entering"}}),
     ]
@@ -302,6 +336,12 @@ def _translation() -> list[Command]:
             I, "masquerade", _match(_field("ip", "saddr"), LOOPBACK), _match(OIF, f"{BRIDGE}*"), {"masquerade": None}
         ),
     ]  # fmt: skip
+
+
+def _bridged_by_us() -> list[Expression]:
+    """From a guest, not from another machine of that network."""
+    marked: Expression = {"&": [{"meta": {"key": "mark"}}, ON_THE_OUTSIDE]}
+    return [_match(IIF, "@bridged"), _match(marked, ON_THE_OUTSIDE)]
 
 
 def _published(nic: Nic, verb: str) -> list[Command]:

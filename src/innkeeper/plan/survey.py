@@ -75,5 +75,3 @@ class Ours:
     rules_whole: bool = True
     without_resolver: frozenset[str] = frozenset()
     """Ids of networks whose dnsmasq does not run."""
-    parents: Mapping[str, str] = field(default_factory=dict)
-    """The host's device that a bridged network is put onto, by network id."""

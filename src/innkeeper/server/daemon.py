@@ -27,7 +27,7 @@ from innkeeper.base.errors import InnkeeperError, StoreFailed
 from innkeeper.base.home import Home
 from innkeeper.machine.machines import Machines
 from innkeeper.machine.states import LIVE
-from innkeeper.operations import networks
+from innkeeper.operations import networks, outer_addresses
 from innkeeper.operations.engine import Engine
 from innkeeper.operations.expiry import expire
 from innkeeper.operations.fault import Faults
@@ -99,6 +99,7 @@ async def serve(home: Home) -> None:
         serving = asyncio.ensure_future(server.serve([listener]))
         expiring = asyncio.ensure_future(expire(context.world, context.engine))
         healing = asyncio.ensure_future(networks.keep(context.world))
+        learning = asyncio.ensure_future(outer_addresses.learn(context.world))
         _tell_systemd("READY=1")
         log.info("ready", socket=str(home.socket), accelerator=context.world.verdict.name)
         await asyncio.wait({stop, serving}, return_when=asyncio.FIRST_COMPLETED)
@@ -107,6 +108,7 @@ async def serve(home: Home) -> None:
         await serving
         expiring.cancel()
         healing.cancel()
+        learning.cancel()
         await context.engine.stop()
         await context.world.machines.release()
         context.world.fabric.release()

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
+from innkeeper.spec.network import Mode
 from innkeeper.spec.quantity import ImageName, ImageReference, Model, Name
 from innkeeper.spec.vm import VMSpec
 
@@ -110,15 +111,18 @@ class HistoryView(Open):
 
 
 class NetworkView(Open):
-    """`cards`: {name, nic, address} of each card that is in it, by VM."""
+    """`cards`: {name, nic, address} of each card that is in it, by VM. A bridged network has a `parent`, and no
+    addresses of its own."""
 
     id: str
     name: str
-    mode: Literal["nat", "host-only", "internal"]
+    mode: Mode
     state: Literal["creating", "active", "deleting"]
-    subnet: str
+    parent: str | None
+    mtu: int | None
+    subnet: str | None
     prefix: str | None
-    gateway: str
+    gateway: str | None
     gateway6: str | None
     domain: str
     bridge: str

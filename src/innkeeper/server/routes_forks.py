@@ -13,6 +13,7 @@ from fastapi.responses import JSONResponse
 from innkeeper.base.clock import stamp
 from innkeeper.base.errors import ActionRefused, InvalidInput, MachineBusy, NameTaken, NotFound
 from innkeeper.operations import fork_of_vm, snapshot_create
+from innkeeper.operations.network_default import ensure_default
 from innkeeper.operations.snapshot_memory import check_fits, check_memory
 from innkeeper.operations.snapshots import check_new, find_snapshot
 from innkeeper.operations.vm_create import arguments
@@ -46,6 +47,7 @@ async def warm(ctx: Ctx, body: WarmRequest) -> Response:
     if not body.refresh and await ctx.world.store.get(f"name/image/{name}"):
         raise NameTaken(f"there is an image named {name!r} already", hint="--refresh makes it anew")
     await check(ctx.world, body.spec)
+    await ctx.have_default(body.spec)
     args = arguments(
         body.spec, "template-warm", how="warm", replace=body.refresh, until=body.until, timeout=body.timeout,
         capturable=True,
@@ -104,8 +106,14 @@ async def _check_network(ctx: Context, source: Value, body: ForkRequest) -> None
     nics = plugged_into((warm or source)["spec"]["nics"], body.network)
     if not any(nic.get("network") for nic in nics):
         return
-    if body.network:
-        await ctx.world.find("network", body.network)
+    await ensure_default(ctx.world, ctx.engine, [nic.get("network") for nic in nics])
+    for name in filter(None, (nic.get("network") for nic in nics)):
+        if (await ctx.world.find("network", name))["mode"] == "bridged":
+            raise ActionRefused(
+                f"forks cannot come into network {name}: they would go on with the address of {source['name']}, since"
+                " it is the network outside that gives addresses there",
+                hint=f"inn clone {source['name']} boots anew; or fork it with --network default",
+            )
     machine = ctx.world.machines.get(source["id"])
     if not (source["agent"] if warm else body.snapshot or (machine and machine.status.agent)):
         raise ActionRefused(

@@ -50,6 +50,7 @@ async def create_vm(ctx: Ctx, body: VMRequest) -> Response:
     kind = "vm-launch" if body.start else "vm-create"
     args = arguments(spec, kind, wait=body.wait, force=body.force, timeout=body.timeout)
     target = {"kind": "vm", "id": None, "name": body.spec.name}
+    await ctx.have_default(spec)
     return accepted(await ctx.engine.submit(kind, target, args))
 
 
@@ -129,8 +130,8 @@ async def ssh(ctx: Ctx, vm: VMName) -> Response:
     found = await ctx.world.find("vm", vm)
     image = await ctx.world.find("image", found["image"]["id"]) if found["image"] else None
     port, address = found["identity"]["ssh_port"], "127.0.0.1"
-    if port is None and (card := await reachable(ctx.world, found)):
-        port, address = 22, card.address
+    if port is None and (reached := await reachable(ctx.world, found)):
+        port, address = 22, reached
     if port is None:
         raise Unsupported(f"{found['name']} has no network that this host can reach it by", hint="inn exec or console")
     if image is None or not image["cloud_init"]:

@@ -11,6 +11,7 @@ from innkeeper.host.usage import used_by
 from innkeeper.machine.machine import Machine
 from innkeeper.machine.states import allowed_actions
 from innkeeper.operations.chains import clones_of, linked_to
+from innkeeper.operations.networks import cards
 from innkeeper.operations.world import World
 from innkeeper.store.contract import Document, Value
 
@@ -53,9 +54,8 @@ class VMViews:
 
     async def _addresses(self) -> dict[str, str]:
         """Of the first card of each VM that is in a network."""
-        documents = await self._world.store.list("address/")
-        documents.sort(key=lambda document: -int(document.value["nic"]))
-        return {document.value["id"]: document.key.split("/")[2] for document in documents}
+        found = sorted(await cards(self._world), key=lambda card: -int(card["nic"]))
+        return {card["id"]: card["address"] for card in found if card["address"]}
 
     def _row(self, document: Document, images: dict[str, Value], address: str | None) -> bytes:
         vm = document.value

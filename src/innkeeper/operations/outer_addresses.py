@@ -1,0 +1,58 @@
+"""The addresses of guests in bridged networks: the network outside gives them, and the guests' agents tell them."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+from contextlib import suppress
+from typing import Any
+
+from innkeeper.base.errors import InnkeeperError
+from innkeeper.operations.networks import networks, nics
+from innkeeper.operations.world import World
+from innkeeper.store.contract import Value
+
+LOOK_EVERY = 5.0
+"""Seconds."""
+
+
+async def learn(world: World) -> None:
+    """Runs for as long as the daemon does: asks each agent anew, since a lease may change."""
+    while True:
+        with suppress(InnkeeperError):  # it is tried again
+            await look(world)
+        await asyncio.sleep(LOOK_EVERY)
+
+
+async def look(world: World) -> None:
+    """Ask the agents of all running guests in bridged networks."""
+    known = {name: network for name, network in (await networks(world)).items() if network.mode == "bridged"}
+    found: dict[tuple[str, int], str] = {}
+    for vm in await world.vms() if known else ():
+        macs = {nic.mac: nic.index for nic in await nics(world, vm, known)}
+        if macs:
+            found |= {(vm["id"], macs[mac]): at for mac, at in (await _told(world, vm)).items() if mac in macs}
+    world.outer_addresses = found
+
+
+async def _told(world: World, vm: Value) -> dict[str, str]:
+    machine = world.machines.get(vm["id"])
+    if machine is None or machine.status.state != "running" or not machine.status.agent:
+        return {}
+    try:
+        async with machine.agent() as agent:
+            cards = await agent.interfaces()
+    except InnkeeperError:
+        return {}
+    return {card["mac"]: address for card in cards if (address := first_address(card))}
+
+
+def first_address(card: dict[str, Any]) -> str | None:
+    """The IPv4 address of a card as the agent tells it (qemu/agent.py: interfaces), else an IPv6 one that is routed."""
+    found = []
+    for text in card["addresses"]:
+        with suppress(ValueError):  # what a guest says may be anything
+            address = ipaddress.ip_interface(text).ip
+            if not (address.is_loopback or address.is_link_local or address.is_multicast or address.is_unspecified):
+                found.append(address)
+    return str(min(found, key=lambda address: address.version)) if found else None
