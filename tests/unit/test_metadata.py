@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import re
+from dataclasses import replace
 
 import pytest
 import pytest_asyncio
 
 from innkeeper.base.home import Home
 from innkeeper.operations.world import World
+from innkeeper.plan import resolver, ruleset
 from innkeeper.plan.metadata import VERSIONS, look_up
 from innkeeper.plan.network import Nic, network_of, network_record
 from innkeeper.server import metadata
@@ -212,3 +214,24 @@ async def test_slow_guests_are_cut_off_and_many_connections_hinder_no_other_gues
 def test_nothing_is_below_what_is_not_there():
     assert look_up({}, "/latest/meta-data/") is None
     assert look_up({"user-data": "x"}, "latest/user-data") is None
+
+
+def test_the_firewall_leads_only_those_to_it_that_want_it():
+    plain = replace(WEB, metadata=False)
+    element = f"element inet innkeeper metadata {NETWORK.bridge} . {WEB.address}"
+    with_it, without = (ruleset.objects(ruleset.everything([NETWORK], [nic])) for nic in (WEB, plain))
+    assert with_it - without == {element}
+    assert without <= with_it
+    assert ruleset.metadata_removed(WEB) == [{"delete": command["add"]} for command in ruleset.metadata_added(WEB)]
+    assert ruleset.metadata_added(WEB)[0] in ruleset.nic_added(WEB)
+    assert ruleset.metadata_removed(WEB)[0] in ruleset.nic_removed(WEB)
+    assert not ruleset.metadata_added(plain) and not ruleset.metadata_removed(plain)
+
+
+def test_dhcp_shows_the_way_where_there_is_no_other():
+    den = network_of(network_record("1" * 32, NetworkSpec(name="den", mode="internal"), SUBNET, "now"))
+    assert f"{resolver.ASKS},option:classless-static-route,169.254.169.254/32,10.77.0.1" in resolver.config(den, "", "")
+    assert "classless" not in resolver.config(NETWORK, "", "")
+    assert resolver.dhcp_hosts([WEB, replace(DB, metadata=False)]) == (
+        f"{WEB.mac},set:metadata,{WEB.address}\n{DB.mac},{DB.address}\n"
+    )
