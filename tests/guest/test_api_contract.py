@@ -1,13 +1,16 @@
 """schemathesis on the running API: no 5xx, no undocumented answer, whatever is sent."""
 
 import asyncio
+import os
 import threading
+from contextlib import nullcontext
 
 import pytest
 import schemathesis
 from conftest import running_daemon
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from namespaces import namespace
 from schemathesis.checks import CHECKS, load_all_checks
 
 from innkeeper.server.app import openapi
@@ -64,8 +67,10 @@ async def _pump(reader, writer) -> None:
 
 @pytest.fixture(scope="module")
 def host():
-    """A daemon of its own, since what is generated here makes, stops and deletes VMs."""
-    with running_daemon("tiny") as daemon:
+    """A daemon of its own, since what is generated here makes, stops and deletes VMs; and networks, so as root it has
+    a network namespace of its own too, which they end with."""
+    own = namespace("contract") if os.geteuid() == 0 else nullcontext()
+    with own as name, running_daemon("tiny", namespace=name) as daemon:
         yield daemon
 
 

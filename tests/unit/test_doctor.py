@@ -44,7 +44,12 @@ def test_a_table_of_connections_that_fills():
 def test_a_bridged_network_on_wifi_is_known_by_its_parent():
     wlan = replace(HEALTHY, links=HEALTHY.links | {"wlan0": Link("wlan0", wireless=True)})
     assert codes(wlan) == {}
-    assert codes(wlan, replace(OURS, parents={LAB.id: "wlan0"})) == {"wireless-parent": ("lab",)}
+    assert codes(
+        wlan,
+        replace(
+            OURS, networks=(replace(LAB, parent="wlan0", onto_bridge=True, mode="bridged", subnet=None, prefix=None),)
+        ),
+    ) == {"wireless-parent": ("lab",)}
 
 
 def test_a_look_before_a_boot_leaves_out_what_takes_long():

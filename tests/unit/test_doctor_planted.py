@@ -71,6 +71,10 @@ def examined(tmp_path_factory):
         run(name, "ip", "-6", "route", "add", "default", "via", "fe80::1", "dev", "wan")
         run(name, "sysctl", "-qe", "-w", f"{FRAMES}=0")  # on by default where br_netfilter is loaded
         made = Examined(name, folder)
+        deadline = time.monotonic() + 60
+        while not all(f"{gateway}:53" in run(name, "ss", "-Hlun") for gateway in ("10.77.0.1", "10.78.0.1")):
+            assert time.monotonic() < deadline, "a dnsmasq does not serve"
+            time.sleep(0.05)
         before = made.look()
         assert before == [], before
         yield made
@@ -80,10 +84,11 @@ def examined(tmp_path_factory):
 
 @pytest.fixture
 def host(examined):
-    """Healthy before the test, which leaves it so."""
-    assert examined.look() == []
+    """Healthy before the test, as a daemon keeps it, and left so."""
+    assert examined.look("fix") == []
     yield examined
-    assert examined.look() == []
+    left = examined.look()
+    assert left == [], left
 
 
 def only(found, code, networks=("lab",)):
@@ -109,8 +114,9 @@ def test_put_right_what_is_our_own(host):
             while dnsmasq in programs(host.name):
                 time.sleep(0.01)
         found = [finding for finding in host.look() if finding["code"] == code]
-        assert len(found) == 1 and found[0]["fixable"], code
-        assert host.look("fix") == [], code
+        assert len(found) == 1 and found[0]["fixable"], (code, found)
+        left = host.look("fix")
+        assert left == [], (code, left)
 
 
 DOCKER = (

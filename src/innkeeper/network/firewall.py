@@ -16,6 +16,8 @@ from innkeeper.plan.ruleset import TABLES, Command, objects
 
 CHECK = "innkeeper-check-"
 """What the names of tables begin with that are there for one `inn network check`."""
+MOST_LINES = 1000
+"""Of a trace: some dozens per packet."""
 PACKAGES = {"nft": "nftables", "dnsmasq": "dnsmasq-base", "conntrack": "conntrack"}
 
 
@@ -74,7 +76,8 @@ async def traced(tap: str, protocol: str, target: str, port: int) -> AsyncIterat
         await apply([{"add": {"table": table}}, {"add": {"chain": chain | base}}, {"add": rule}])
         yield lines
     finally:
-        monitor.kill()
+        if monitor.returncode is None:
+            monitor.kill()
         await monitor.wait()
         reader.cancel()
         await apply([{"add": {"table": table}}, {"delete": {"table": table}}])
@@ -82,7 +85,8 @@ async def traced(tap: str, protocol: str, target: str, port: int) -> AsyncIterat
 
 async def _read(stream: asyncio.StreamReader | None, lines: list[str]) -> None:
     while stream is not None and (line := await stream.readline()):
-        lines.append(line.decode(errors="replace").strip())
+        if len(lines) < MOST_LINES:
+            lines.append(line.decode(errors="replace").strip())
 
 
 async def sweep() -> None:

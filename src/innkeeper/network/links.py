@@ -142,21 +142,23 @@ async def everything() -> tuple[dict[str, Link], tuple[Route, ...], tuple[tuple[
                 routes.append(Route(to, device, route.get("gateway"), route.get("priority") or 0))
         learned = []
         async for entry in await netlink.fdb("dump"):
-            bridge = names.get(entry.get("master"), "")
-            if bridge.startswith(BRIDGE) and not entry["state"] & PERMANENT:
-                learned.append((bridge, names[entry["ifindex"]], entry.get("lladdr")))
+            bridge, port = names.get(entry.get("master"), ""), names.get(entry["ifindex"])
+            if bridge.startswith(BRIDGE) and port and not entry["state"] & PERMANENT:
+                learned.append((bridge, port, entry.get("lladdr")))
     return links, tuple(routes), tuple(learned)
 
 
 async def way_to(address: str) -> Way | None:
     """By which device, next hop and source address the host sends there, and what it knows of that hop; None where it
     has no route."""
+    from pyroute2.netlink.exceptions import NetlinkError
+
     async with open_netlink() as netlink:
         names = {link["index"]: str(link.get("ifname")) async for link in await netlink.get_links()}
         try:
             (route,) = await netlink.route("get", dst=address)
-        except Exception as error:
-            if getattr(error, "code", None) in (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EACCES, errno.EINVAL):
+        except NetlinkError as error:
+            if error.code in (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EACCES, errno.EINVAL):
                 return None
             raise
         hop = route.get("gateway") or address
@@ -164,7 +166,9 @@ async def way_to(address: str) -> Way | None:
         known = [entry async for entry in await netlink.get_neighbours(family=family) if entry.get("dst") == hop]
         state = next((entry["state"] for entry in known if entry["ifindex"] == route.get("oif")), 0)
         local = route["type"] == LOCAL
-        return Way(names[route.get("oif")], hop, route.get("prefsrc") or "", bool(state & UNREACHED), local)
+        return Way(
+            names.get(route.get("oif"), "no device"), hop, route.get("prefsrc") or "", bool(state & UNREACHED), local
+        )
 
 
 async def sent(tap: str) -> int | None:

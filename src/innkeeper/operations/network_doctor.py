@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import replace
 
-from innkeeper.base.errors import InnkeeperError
+import structlog
+
 from innkeeper.network.survey import survey
 from innkeeper.operations.engine import Context
 from innkeeper.operations.networks import networks, nics
@@ -14,6 +15,8 @@ from innkeeper.plan.doctor import Finding, diagnose
 from innkeeper.plan.network import Network
 from innkeeper.plan.survey import Ours
 from innkeeper.store.contract import Value
+
+log = structlog.get_logger()
 
 
 async def examine(world: World, name: str | None = None, *, fix: bool = False) -> list[Finding]:
@@ -60,7 +63,8 @@ async def warn_before_boot(ctx: Context, vm: Value) -> None:
     ctx.data["examined"] = True
     try:
         found = await _findings(ctx.world, wanted, quick=True)
-    except InnkeeperError:  # the start itself says what it needs
+    except Exception:  # whatever is wrong with the doctor, or the host, a VM starts without it
+        log.exception("no look at the network before a boot", vm=vm["name"])
         return
     target = {"kind": "vm", "id": vm["id"], "name": vm["name"]}
     for finding in found:

@@ -30,7 +30,7 @@ class Said(NamedTuple):
     fix: tuple[str, ...]
 
 
-LAN = ipaddress.IPv4Network("192.0.2.0/24")
+ELSEWHERE = ipaddress.IPv4Network("192.0.2.0/24")
 """Stands for the addresses of a network outside (RFC 5737)."""
 Look = Callable[[Network, Ours, Survey], Iterator[Said]]
 
@@ -200,7 +200,7 @@ def _in(entry: Any, drop: Drop) -> bool:
 def _bridged_frames(network: Network, ours: Ours, survey: Survey) -> Iterator[Said]:
     if survey.sysctls.get("bridge/bridge-nf-call-iptables") != "1":
         return
-    subnet = network.subnet or LAN
+    subnet = network.subnet or ELSEWHERE
     guests = [str(subnet[at]) for at in (2, 3)]
     within = packet(4, "tcp", 80, iifname=network.bridge, oifname=network.bridge, saddr=guests[0], daddr=guests[1])
     for drop in drops(survey.rules, within):
