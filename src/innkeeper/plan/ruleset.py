@@ -306,7 +306,14 @@ def _between() -> list[Command]:
         _rule(I, "entering", DROP),
         _chain(I, "forward", "filter", "forward", 0),
         _rule(I, "forward", within, ACCEPT),
-        _rule(I, "forward", *_bridged_by_us(), DROP),  # the host is no router for them
+        # The host is no router for them; what they answer to a guest behind its NAT goes on.
+        _rule(
+            I,
+            "forward",
+            *_bridged_by_us(),
+            _match({"ct": {"key": "state"}}, {"set": ["established", "related"]}, "!="),
+            DROP,
+        ),
         _rule(I, "forward", from_bridge, {"jump": {"target": "leaving"}}),
         _rule(I, "forward", to_bridge, {"jump": {"target": "entering"}}),
     ]
