@@ -42,12 +42,14 @@ ROUTE = 'ip route get "$1" 2>&1'
 
 
 async def check(world: World, vm: Value, machine: Machine, wanted: str, port: int, protocol: str) -> tuple[Hop, ...]:
-    """The hops from the first card of a VM that is in a network. Leaves nothing behind. Raises `InvalidInput` for a VM
-    without such a card, `NetworkFailed`."""
+    """The hops from the first card of a VM that is in a network, no bridged one. Leaves nothing behind. Raises
+    `InvalidInput` for a VM without such a card, `NetworkFailed`."""
     known = await networks(world)
-    nic = next(iter(await nics(world, vm, known)), None)
+    nic = next((nic for nic in await nics(world, vm, known) if nic.address), None)
     if nic is None:
-        raise InvalidInput(f"{vm['name']} has no card in a network", hint="inn network ls; inn launch --network")
+        raise InvalidInput(
+            f"{vm['name']} has no card in a network with addresses of ours", hint="inn network ls; inn launch --network"
+        )
     network = next(each for each in known.values() if each.id == nic.network)
     seen = Seen(nic, network, wanted, port, protocol, target=_address(wanted))
     try:
@@ -114,7 +116,7 @@ def _last(said: str) -> str:
 
 
 def _source(seen: Seen) -> str:
-    return (seen.nic.address6 if ":" in str(seen.target) else seen.nic.address) or ""
+    return seen.nic.address6 or "" if ":" in str(seen.target) else seen.nic.address or ""
 
 
 def _ports(line: str) -> str:

@@ -125,7 +125,7 @@ sub settle {{
   }}
   my $way = pack("x8 S x14 S x2 a4 x8 S x14 S x30 p x24", 2, 2, pack("H*", $gateway), 2, 3, $nic);
   card($nic, 0x890b, $way) if $gateway;
-  if ($ipv6{{$nic}}) {{ syswrite($ipv6{{$nic}}, $_) for 1, 0 }}
+  if (my $off = $ipv6{{$nic}}) {{ sysseek($off, 0, 0) && syswrite($off, $_) for 1, 0 }}
   put($resolvers, "search $domain\nnameserver $resolver\n") if $resolvers;
 }}
 sub reborn {{
