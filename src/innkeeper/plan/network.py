@@ -122,7 +122,7 @@ def nics_of(
         if network is None or (address := addresses.get((network.id, index))) is None:
             continue
         address6 = str(by_mac(network.prefix, mac)) if network.prefix else None
-        publish = tuple(PortForward.model_validate(forward) for forward in spec["publish"])
+        publish = tuple(PortForward.model_validate({**forward, "note": ""}) for forward in spec["publish"])
         metadata = bool(vm["spec"].get("metadata"))
         found.append(Nic(vm["id"], vm["name"], index, network.id, mac, address, address6, publish, metadata))
     return tuple(found)
