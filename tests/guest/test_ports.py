@@ -8,6 +8,7 @@ import time
 
 import pytest
 from conftest import running_daemon
+from inside import ready
 from namespaces import namespace, run
 
 from innkeeper.client.errors import ApiError
@@ -151,6 +152,7 @@ def test_a_card_comes_and_goes_while_the_guest_runs_and_the_others_stay(lab, out
     lab.start()
     assert web.nics == [first, third]
     web.restart(force=True)
+    ready(web)
     assert web.nics == [first, third]
     found = sh(lab, "web", "cat /sys/class/net/*/address")[1]
     assert first["mac"] in found and third["mac"] in found
