@@ -91,6 +91,37 @@ def update(inn: Innkeeper) -> Operation:
     return inn.operation(operation)
 
 
+# --- cards and ports ---
+
+
+def publish(inn: Innkeeper) -> Operation:
+    return inn.vm(NAME).publish(f"{port(2)}:80", address="127.0.0.1")
+
+
+def published(*hosts: int) -> Callable[[House], None]:
+    """In the documents, and in the QEMU that runs."""
+
+    def look(house: House) -> None:
+        vm = house.inn.vm(NAME).info
+        assert [forward["host"] for forward in vm["forwards"]] == list(hosts)
+        for host in {port(), port(2)}:
+            with socket.socket() as client:
+                assert (client.connect_ex(("127.0.0.1", host)) == 0) == (host in hosts), host
+
+    return look
+
+
+def add_card(inn: Innkeeper) -> Operation:
+    return inn.vm(NAME).nic_add(mode="none", model="e1000e")
+
+
+def cards(*models: str) -> Callable[[House], None]:
+    def look(house: House) -> None:
+        assert [card["model"] for card in house.inn.vm(NAME).nics] == list(models)
+
+    return look
+
+
 # --- networks ---
 
 
@@ -492,6 +523,8 @@ SCENARIOS: dict[str, Scenario] = {
     "vm-pause": Scenario(act("pause"), state("paused"), state("running"), run),
     "vm-resume": Scenario(act("resume"), state("running"), state("paused", "running"), pause),
     "vm-update": Scenario(update, memory(48), memory(32), make),
+    "vm-nics": Scenario(publish, published(port(), port(2)), published(port()), run),
+    "vm-nics, of one that is stopped": Scenario(add_card, cards("virtio", "e1000e"), cards("virtio"), make),
     "vm-delete": Scenario(act("delete"), gone, state("stopped", "deleting"), make),
     "vm-delete, a linked clone": Scenario(
         lambda inn: inn.vm(CLONE).act("delete"), unlinked, still_linked, have_linked_clone

@@ -100,6 +100,6 @@ def test_the_machine_of_a_saved_memory_keeps_what_the_guest_does_not_see():
     assert fields["spec"] == then["spec"] | {
         "name": "new", "note": "mine", "nics": [nic("user", 8), nic("none"), nic("user")],
     }  # fmt: skip
-    assert fields["identity"] == pinned | {"macs": ["a", "b", "c"], "uuid": "u", "ssh_port": 9}
+    assert fields["identity"] == pinned | {"macs": ["a", "b", "c"], "uuid": "u", "ssh_port": 9, "cards": None}
     assert words == ["vCPUs (4 → 1)", "NICs", "MAC addresses"]
     assert machine_then(then, then)[1] == []

@@ -165,6 +165,13 @@ class ToolTimeout(ToolFailed):
     status = 504
 
 
+class UnplugRefused(InnkeeperError):
+    """The guest did not let go of a device."""
+
+    status = 409
+    default_hint = "a guest that boots, or has no PCI hot-plug, does not; stop the VM and try again"
+
+
 class NetworkFailed(InnkeeperError):
     """The kernel, nft or dnsmasq did not do what a network needs."""
 

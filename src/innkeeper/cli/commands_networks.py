@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from innkeeper.cli.arguments import BETWEEN, NO_WAIT, VM
+from innkeeper.cli.arguments import BETWEEN, NETWORK, NO_WAIT, VM
+from innkeeper.cli.parser import ports
 from innkeeper.cli.table import Argument as A
 from innkeeper.cli.table import Command as C
 
@@ -77,6 +78,77 @@ NETWORKS: tuple[C, ...] = (
         ("inn network check web example.com:443", "inn network check web db.inn:53 --udp"),
         "document",
         "The guest's agent sends the probe. Ends with 1 where the target is not reached.",
+    ),
+    C(
+        "publish",
+        BETWEEN,
+        "have a port of the host lead into a VM, running or not",
+        "ports:publish",
+        (
+            VM,
+            A(("mapping",), "HOST:GUEST, of UDP with /udp", {"metavar": "PORTS", "type": ports}),
+            A(("--bind",), "address of the host that listens; all by default", {"metavar": "ADDR"}),
+            A(("--nic",), "number of the card; the first that is plugged in by default", {"metavar": "N", "type": int}),
+            A(("--note",), "why, for people", {"metavar": "TEXT", "default": ""}),
+            NO_WAIT,
+        ),
+        ("inn publish web 8080:80", "inn publish dns 53:53/udp --bind 192.0.2.1 --note 'for the lab'"),
+        "document",
+        "IPv4. Into networks of mode nat, and through the user-mode NAT of a card without network.",
+    ),
+    C(
+        "unpublish",
+        BETWEEN,
+        "have a port of the host lead nowhere again",
+        "ports:unpublish",
+        (VM, A(("port",), "port on the host, of UDP with /udp", {"metavar": "PORT"}), NO_WAIT),
+        ("inn unpublish web 8080", "inn unpublish dns 53/udp"),
+        "document",
+        "Connections into a network end at once; those through a user-mode NAT go on until they end by themselves.",
+    ),
+    C(
+        "ports",
+        BETWEEN,
+        "every port of the host that leads into a VM: where to, who made it, why, when it was last used",
+        "ports:ls",
+        (),
+        ("inn ports", "inn ports -o markdown > ports.md"),
+        "report",
+    ),
+    C(
+        "nic ls",
+        BETWEEN,
+        "list the network cards of a VM",
+        "nics:ls",
+        (VM,),
+        ("inn nic ls web",),
+        "list",
+    ),
+    C(
+        "nic add",
+        BETWEEN,
+        "plug one more network card into a VM, running or not",
+        "nics:add",
+        (
+            VM,
+            NETWORK,
+            A(("--mode",), "without --network: user (default), or none for no cable", {"choices": ("user", "none")}),
+            A(("--model",), "virtio (default) or e1000e", {"choices": ("virtio", "e1000e"), "default": "virtio"}),
+            A(("--mac",), "its MAC address; by default made from the VM's id", {"metavar": "MAC"}),
+            NO_WAIT,
+        ),
+        ("inn nic add web --network lab",),
+        "document",
+    ),
+    C(
+        "nic rm",
+        BETWEEN,
+        "take a network card away from a VM, running or not",
+        "nics:remove",
+        (VM, A(("card",), "its number or its MAC address", {"metavar": "CARD"}), NO_WAIT),
+        ("inn nic rm web 1",),
+        "document",
+        "The other cards keep their numbers, MACs and addresses. The guest has to let go of it.",
     ),
     C(
         "network rm",

@@ -21,7 +21,11 @@ T = TypeVar("T")
 USAGE = 2
 """Exit status for a command line that cannot be understood."""
 
-OUTPUT_HELP = {"document": "json: as JSON", "list": "json: as JSON; name: names only"}
+OUTPUTS = {
+    "document": (("json",), "json: as JSON"),
+    "list": (("json", "name"), "json: as JSON; name: names only"),
+    "report": (("json", "markdown"), "json: as JSON; markdown: as a table of Markdown"),
+}
 
 
 class Parser(argparse.ArgumentParser):
@@ -110,13 +114,13 @@ def all_arguments(command: Command) -> tuple[Argument, ...]:
     """The command's own arguments, and `-o` where it prints."""
     if not command.output:
         return command.arguments
-    choices = ("text", "json", "name") if command.output == "list" else ("text", "json")
+    choices, words = OUTPUTS[command.output]
     return (
         *command.arguments,
         Argument(
             ("-o", "--output"),
-            OUTPUT_HELP[command.output],
-            {"choices": choices, "default": "text", "metavar": "FORMAT"},
+            words,
+            {"choices": ("text", *choices), "default": "text", "metavar": "FORMAT"},
         ),
     )
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any, Literal, NamedTuple
 
 Completes = Literal["", "vm", "image", "network", "operation", "recipe", "file", "command"]
-Output = Literal["", "document", "list"]
+Output = Literal["", "document", "list", "report"]
 
 
 class Argument(NamedTuple):
@@ -40,7 +40,8 @@ class Command(NamedTuple):
     arguments: tuple[Argument, ...]
     examples: tuple[str, ...]
     output: Output = ""
-    """What `-o json` prints; a list can also be printed with `-o name`. Empty: it prints nothing of its own."""
+    """What `-o json` prints; a list can also be printed with `-o name`, a report with `-o markdown`. Empty: it prints
+    nothing of its own."""
     details: str = ""
     rest: bool = False
     """Takes a command line after `--`."""

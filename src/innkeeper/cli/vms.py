@@ -144,7 +144,7 @@ def _disks(vm: dict[str, Any]) -> list[tuple[str, Any]]:
 
 def _network(vm: dict[str, Any], spec: dict[str, Any], ssh: bool) -> list[tuple[str, Any]]:
     lines: list[tuple[str, Any]] = []
-    for index, nic in enumerate(spec.get("nics") or ()):
+    for index, nic in enumerate(nic for nic in spec.get("nics") or () if nic.get("mode") != "absent"):
         mode = {"user": "user-mode NAT", "none": "cable not plugged in"}.get(nic.get("mode", ""), nic.get("mode", ""))
         if nic.get("mode") == "network":
             mode = f"in {nic['network']}" + (f", {vm['address']}" if not index and vm.get("address") else "")

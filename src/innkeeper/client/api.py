@@ -187,6 +187,11 @@ class Innkeeper:
         document: dict[str, Any] = self.call("GET", f"/networks/{self.part(name)}")
         return document
 
+    def ports(self) -> list[dict[str, Any]]:
+        """Every host port that leads into a VM, by port."""
+        documents: list[dict[str, Any]] = self.call("GET", "/ports")
+        return documents
+
     def network_create(
         self,
         name: str,

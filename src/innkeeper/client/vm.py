@@ -13,12 +13,17 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 from innkeeper.client.errors import ApiError, DaemonUnreachable
 from innkeeper.client.operation import Operation, Progress
 from innkeeper.client.snapshots import Snapshots
+from innkeeper.client.wishes import parse_publish
 
 if TYPE_CHECKING:
     from innkeeper.client.api import Innkeeper
 
 STDIN_INLINE = 1024 * 1024
 """Bytes of stdin that travel inside the exec request; more goes to a temporary file in the guest first."""
+
+
+EVERYWHERE = "0.0.0.0"
+"""All IPv4 addresses of the host: where a port is published unless told otherwise."""
 
 
 class Result(NamedTuple):
@@ -109,6 +114,40 @@ class VM:
         them. `quiesce` has the guest freeze its file systems for the moment."""
         body = {"name": name, "linked": linked, "keep_identity": keep_identity, "quiesce": quiesce}
         return self._innkeeper.operate("POST", self._path("/clone"), document=body)
+
+    # --- its network cards, and the ports that lead to them ---
+
+    @property
+    def nics(self) -> list[dict[str, Any]]:
+        """Its cards, each with its number, MAC and addresses."""
+        documents: list[dict[str, Any]] = self._innkeeper.call("GET", self._path("/nics"))
+        return documents
+
+    def publish(
+        self, mapping: str, *, address: str = EVERYWHERE, nic: int | None = None, note: str = "", by: str = ""
+    ) -> Operation:
+        """Have a host port lead into the guest, `8080:80` or `5353:53/udp`, at once if it runs. `address` is the
+        host's that listens. Raises `InvalidInput`."""
+        forward = {"address": address, "note": note} | parse_publish(mapping)
+        return self._rewire({"do": "publish", "forward": forward, "nic": nic}, by)
+
+    def unpublish(self, port: int, protocol: str = "tcp") -> Operation:
+        """Have a host port lead nowhere again; what came through it into a network ends."""
+        return self._rewire({"do": "unpublish", "host": port, "protocol": protocol})
+
+    def nic_add(
+        self, *, network: str | None = None, mode: str = "user", model: str = "virtio", mac: str | None = None
+    ) -> Operation:
+        """Plug in one more card, at once if it runs: into a network, or with QEMU's own NAT."""
+        nic = {"mode": "network" if network else mode, "network": network, "model": model, "mac": mac}
+        return self._rewire({"do": "add", "nic": nic})
+
+    def nic_remove(self, index: int) -> Operation:
+        """Take a card away, once the guest has let go of it."""
+        return self._rewire({"do": "remove", "index": index})
+
+    def _rewire(self, change: dict[str, Any], by: str = "") -> Operation:
+        return self._innkeeper.operate("POST", self._path("/nics"), document={"change": change, "by": by})
 
     @property
     def snapshots(self) -> Snapshots:

@@ -31,7 +31,16 @@ ADOPT = 3.0
 ROOM_EVERY = 1.0
 """Seconds between two looks whether a full pool has room again; looked only while a guest waits for it."""
 INDIFFERENT = frozenset(
-    {"vm-pause", "vm-resume", "vm-update", "snapshot-create", "snapshot-delete", "snapshot-measure", "vm-clone"}
+    {
+        "vm-pause",
+        "vm-resume",
+        "vm-update",
+        "vm-nics",
+        "snapshot-create",
+        "snapshot-delete",
+        "snapshot-measure",
+        "vm-clone",
+    }
 )
 """Operations on a VM that never record its end, so that somebody else has to."""
 LOGS_EVERY = 30.0

@@ -21,6 +21,7 @@ ACTIONS = (
     "restore",
     "clone",
     "fork",
+    "nics",
 )
 
 LIVE = frozenset({"starting", "running", "paused", "stopping"})
@@ -42,9 +43,9 @@ ACCEPT = Admission("accept")
 _RULES: tuple[tuple[frozenset[str], frozenset[str], Admission], ...] = tuple(
     (frozenset(states.split()), frozenset(actions.split()), Admission(answer, reason, hint))  # type: ignore[arg-type]
     for states, actions, answer, reason, hint in (
-        ("creating", "start stop restart pause resume exec console screenshot snapshot restore clone fork",
+        ("creating", "start stop restart pause resume exec console screenshot snapshot restore clone fork nics",
          "refuse", "it is still being made", "inn op ls shows how far it is"),
-        ("deleting", "start stop restart pause resume exec console screenshot snapshot restore clone fork",
+        ("deleting", "start stop restart pause resume exec console screenshot snapshot restore clone fork nics",
          "refuse", "it is being deleted", ""),
         ("deleting", "delete", "accept", "", ""),
         ("running", "start", "nothing", "it is running already", ""),
@@ -54,9 +55,9 @@ _RULES: tuple[tuple[frozenset[str], frozenset[str], Admission], ...] = tuple(
         ("stopped crashed", "stop", "nothing", "it is stopped already", ""),
         ("stopped crashed", "pause resume", "refuse", "it is stopped", "inn start starts it"),
         ("stopped crashed", "exec console screenshot", "refuse", "it is stopped", "inn start starts it"),
-        ("starting", "pause resume restart exec snapshot clone fork",
+        ("starting", "pause resume restart exec snapshot clone fork nics",
          "refuse", "it is still starting", "try again in a moment"),
-        ("stopping", "pause restart exec snapshot clone fork",
+        ("stopping", "pause restart exec snapshot clone fork nics",
          "refuse", "it is shutting down", "wait, or inn stop --force"),
         ("stopping", "resume", "refuse", "it is shutting down", ""),
         ("paused", "pause", "nothing", "it is paused already", ""),

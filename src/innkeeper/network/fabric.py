@@ -17,6 +17,7 @@ from innkeeper.base.errors import NetworkFailed, NotFound, Unsupported
 from innkeeper.network import firewall, forwarding, links, uplink
 from innkeeper.network.listener import Answer, Listener
 from innkeeper.network.resolver import Resolver
+from innkeeper.network.traffic import Traffic
 from innkeeper.network.watch import Watch
 from innkeeper.plan import ruleset
 from innkeeper.plan.network import Network, Nic, Subnet
@@ -39,6 +40,7 @@ class Fabric:
         self.metadata: Answer | None = None
         """What answers a guest that asks for its data; nothing listens without."""
         self._listeners: dict[str, Listener] = {}
+        self.traffic = Traffic()
 
     @property
     def has_networks(self) -> bool:
@@ -153,6 +155,12 @@ class Fabric:
     async def dropped(self) -> dict[str, int]:
         """Packets that each tap had no right to send, since the rules were made."""
         return await firewall.dropped()
+
+    async def count(self) -> None:
+        """Look at the counters of published ports, so that `traffic` knows."""
+        if self._networks:
+            async with self._lock:
+                self.traffic.look(await firewall.published())
 
     def release(self) -> None:
         """The daemon leaves; the networks stay."""

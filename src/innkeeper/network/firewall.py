@@ -12,7 +12,7 @@ from contextlib import asynccontextmanager
 from innkeeper.base.child import start_child
 from innkeeper.base.errors import NetworkFailed, ToolMissing
 from innkeeper.host.gather import find_tool
-from innkeeper.plan.ruleset import TABLES, Command, objects
+from innkeeper.plan.ruleset import TABLES, Command, counts, objects
 
 CHECK = "innkeeper-check-"
 """What the names of tables begin with that are there for one `inn network check`."""
@@ -45,6 +45,11 @@ async def connections(protocol: str, source: str, target: str, port: int) -> lis
     wanted = ("-s", source, "-d", target, "--orig-port-dst", str(port))
     _, text, _ = await _run("conntrack", "-L", "-f", family, "-p", protocol, *wanted)
     return [line for line in text.splitlines() if line.startswith(protocol)]
+
+
+async def published() -> dict[tuple[str, str, int], tuple[int, int]]:
+    """(tap, protocol, host port) → (packets, bytes) that came for a published port, since its rules were made."""
+    return counts(await _listed())
 
 
 async def end_connections(protocol: str, port: int, address: str) -> None:

@@ -152,5 +152,7 @@ async def keep(world: World) -> None:
         rules = news or monotonic() - looked > RULES_EVERY
         looked = monotonic() if rules else looked
         with suppress(InnkeeperError):  # it is tried again
+            if rules:
+                await world.fabric.count()
             for text in await world.fabric.heal(look_at_rules=rules):
                 await world.events.append("network.healed", text, level="warning")

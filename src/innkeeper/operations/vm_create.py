@@ -9,7 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from innkeeper.base.clock import now
-from innkeeper.base.errors import Conflict, InvalidInput, NameTaken, NotFound, PoolFull, PortTaken, Unsupported
+from innkeeper.base.errors import (
+    ActionRefused,
+    Conflict,
+    InvalidInput,
+    NameTaken,
+    NotFound,
+    PoolFull,
+    PortTaken,
+    Unsupported,
+)
 from innkeeper.base.ids import new_id
 from innkeeper.base.nofollow import write_file
 from innkeeper.base.units import format_size
@@ -105,6 +114,14 @@ async def claim_ports(
     one. What the owner has already is among them. Raises `PortTaken`."""
     store = ctx.world.store
     claims: dict[str, Value] = {}
+    for network in {nic.network for nic in spec.nics if nic.network and nic.publish}:
+        mode = (await ctx.world.find("network", network))["mode"]
+        if mode != "nat":
+            raise ActionRefused(
+                f"network {network} is {mode}: no port leads into it from outside",
+                hint="publish on a card in a network of mode nat" + (", or use the guest's own address on this host"
+                if mode == "host-only" else ""),
+            )  # fmt: skip
     for forward in (forward for nic in spec.nics for forward in nic.publish):
         key = f"port/{forward.protocol}/{forward.host}"
         holder = await store.get(key)
@@ -119,7 +136,7 @@ async def claim_ports(
                 f"host port {forward.host}/{forward.protocol} is in use by {program}",
                 hint="choose another host port, or stop that program", port=forward.host, holder=program,
             )  # fmt: skip
-        claims[key] = owner
+        claims[key] = owner | {"by": str(ctx.args.get("by") or ""), "since": now()}
     if not spec.nics or spec.nics[0].mode != "user":
         return claims, None
     if ssh_port is None or f"port/tcp/{ssh_port}" in claims:

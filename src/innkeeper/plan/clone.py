@@ -39,10 +39,10 @@ def plugged_into(nics: Sequence[Mapping[str, Any]], network: str | None) -> list
 
 def clone_identity(fresh: Identity, vm: Mapping[str, Any], *, keep_identity: bool) -> Identity:
     """`fresh` on the machine that the source has; with `keep_identity`, to be taken for the source."""
-    fields = ["machine_type", "accelerator", "cpu_model"]
+    fields = ["machine_type", "accelerator", "cpu_model", "cards"]
     if keep_identity:
         fields += ["uuid", "vmgenid", "macs"]
-    return Identity.model_validate(fresh.model_dump() | {field: vm["identity"][field] for field in fields})
+    return Identity.model_validate(fresh.model_dump() | {field: vm["identity"].get(field) for field in fields})
 
 
 def clone_first_boot(first_boot: Mapping[str, Any], macs: Sequence[tuple[str, str]]) -> dict[str, Any]:

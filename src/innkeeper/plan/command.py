@@ -83,8 +83,8 @@ def command(
         options += devices.seed(hand(files.seed) if files.seed.startswith("/") else files.seed)
     if files.iso and spec.iso:
         options += devices.iso(hand(spec.iso))
-    options += devices.nics(spec, identity, nat)
-    options += pci.spare_ports()
+    cards, spare = devices.nics(spec, identity, nat), pci.spare_ports()
+    options += [*cards, *spare] if identity.cards is None else [*spare, *cards]  # where some of them sit
     if files.ignition:
         options.append(Option("-fw_cfg", Constants(keys={"name": "opt/com.coreos/config", "file": "ignition.json"})))
     if image is not None and image.kind == "kernel":

@@ -153,23 +153,30 @@ def nics(spec: VMSpec, identity: Identity, nat: Sequence[int] = ()) -> list[Opti
     theirs no more, something has to take that state."""
     options: list[Option] = []
     for index, nic in enumerate(spec.nics):
-        options.append(pci.nic_port(index))
-        device: dict[str, object] = {
-            "driver": "virtio-net-pci" if nic.model == "virtio" else "e1000e",
-            "id": f"nic{index}",
-            "bus": f"port-nic{index}",
-            "mac": identity.macs[index],
-        }
+        if identity.cards is None or index < identity.cards:
+            options.append(pci.nic_port(index))
         if nic.mode == "user":
-            options.append(Option("-netdev", _user_netdev(index, nic, identity.ssh_port if index == 0 else None)))
+            options.append(Option("-netdev", user_netdev(index, nic, identity)))
         elif index in nat:
             options.append(Option("-netdev", {"type": "user", "id": f"{UNPLUGGED}{index}", "restrict": True}))
-        if nic.mode != "none":
-            device["netdev"] = f"net{index}"
-        if nic.model == "virtio":
-            device["romfile"] = ""  # no network boot: nothing to wait for, and one file less from the host
-        options.append(Option("-device", device))
+        if nic.mode != "absent":
+            options.append(Option("-device", card(index, nic, identity)))
     return options
+
+
+def card(index: int, nic: NicSpec, identity: Identity) -> dict[str, object]:
+    """The device of a NIC, for `-device` and `device_add`."""
+    device: dict[str, object] = {
+        "driver": "virtio-net-pci" if nic.model == "virtio" else "e1000e",
+        "id": f"nic{index}",
+        "bus": pci.nic_bus(index, identity.cards),
+        "mac": identity.macs[index],
+    }
+    if nic.mode != "none":
+        device["netdev"] = f"net{index}"
+    if nic.model == "virtio":
+        device["romfile"] = ""  # no network boot: nothing to wait for, and one file less from the host
+    return device
 
 
 def with_nat(argv: Sequence[str]) -> list[int]:
@@ -185,11 +192,18 @@ def taps(spec: VMSpec, identity: Identity) -> tuple[Tap, ...]:
     )
 
 
-def _user_netdev(index: int, nic: NicSpec, ssh_port: int | None) -> Json:
-    forwards = [f"{f.protocol}:{f.address}:{f.host}-:{f.guest}" for f in nic.publish]
-    if ssh_port is not None:
-        forwards.insert(0, f"tcp:127.0.0.1:{ssh_port}-:{SSH}")
+def user_netdev(index: int, nic: NicSpec, identity: Identity) -> Json:
+    """QEMU's own NAT for a card, for `-netdev` and `netdev_add`."""
+    forwards = user_forwards(index, nic, identity)
     return {"type": "user", "id": f"net{index}", "hostfwd": [{"str": forward} for forward in forwards]}
+
+
+def user_forwards(index: int, nic: NicSpec, identity: Identity) -> list[str]:
+    """Its ports as QEMU writes them, the one for SSH first. Numbers and checked addresses only."""
+    forwards = [f"{f.protocol}:{f.address}:{f.host}-:{f.guest}" for f in nic.publish]
+    if index == 0 and identity.ssh_port is not None:
+        forwards.insert(0, f"tcp:127.0.0.1:{identity.ssh_port}-:{SSH}")
+    return forwards
 
 
 def _fixed(driver: str, name: str, role: str) -> dict[str, object]:

@@ -33,6 +33,9 @@ class Identity(BaseModel):
     machine_type: str
     accelerator: str
     cpu_model: str
+    cards: int | None = None
+    """So many NICs have a root port of their own; those behind them were added later and sit in the spare ones, for
+    good. None: all have."""
 
 
 def assign(vm_id: str, slot: int, spec: VMSpec, host: HostFacts, ssh_port: int | None) -> Identity:

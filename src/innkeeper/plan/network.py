@@ -142,7 +142,7 @@ def nics_of(
         address6 = str(by_mac(network.prefix, mac)) if network.prefix else None
         if network.subnet is None:
             address = None
-        publish = tuple(PortForward.model_validate(forward) for forward in spec["publish"])
+        publish = tuple(PortForward.model_validate({**forward, "note": ""}) for forward in spec["publish"])
         metadata = bool(vm["spec"].get("metadata") and network.subnet)
         found.append(Nic(vm["id"], vm["name"], index, network.id, mac, address, address6, publish, metadata))
     return tuple(found)

@@ -5,7 +5,7 @@
     00:05.0         virtio-scsi         00:07.0  pvpanic
     00:10.0-7       root ports of NICs 0-7
     00:11.0-13.7    root ports of virtio-blk disks 0-23
-    00:14.0-3       spare root ports, for hot-plug
+    00:14.0-3       spare root ports, for hot-plug: NICs that are added to a VM sit there, for good
     00:15.0         root port of the seed disc, last: Linux names disks in this order, and vda is the VM's own
 
 Addresses are fixed by what a device is, not by what else there is: adding a disk moves no NIC, so a guest's names and
@@ -23,6 +23,12 @@ NIC_SLOT, DISK_SLOT, SPARE_SLOT, SEED_SLOT, SPARES = 0x10, 0x11, 0x14, 0x15, 4
 def nic_port(index: int) -> Option:
     """The root port of NIC `index`; its id is `port-nic<index>`."""
     return _port(f"port-nic{index}", NIC_SLOT, index)
+
+
+def nic_bus(index: int, cards: int | None) -> str:
+    """Where NIC `index` is plugged in: the first `cards` of a VM (None: all) have root ports of their own, those that
+    came later have spare ones. Saved states and names in the guest depend on it, so it never changes."""
+    return f"port-nic{index}" if cards is None or index < cards else f"spare{index - cards}"
 
 
 def disk_port(index: int) -> Option:

@@ -19,6 +19,8 @@ NAME = "innkeeper"
 B: Command = {"family": "bridge", "table": NAME}
 I: Command = {"family": "inet", "table": NAME}  # noqa: E741 - as B
 TABLES = (("bridge", NAME), ("inet", NAME))
+COUNTS = "-n"
+"""Ends the name of the chain that counts what comes for a NIC's published ports."""
 DROP: Expression = {"drop": None}
 ACCEPT: Expression = {"accept": None}
 IIF: Expression = {"meta": {"key": "iifname"}}
@@ -129,18 +131,30 @@ def publish_added(nic: Nic) -> list[Command]:
             where = _match(_field("ip", "daddr"), forward.address)
         to = {"dnat": {"family": "ip", "addr": nic.address, "port": forward.guest}}
         rules.append(_rule(I, nic.tap, where, _match(_field(forward.protocol, "dport"), forward.host), to))
-    return [{"add": {"chain": chain}}, {"flush": {"chain": chain}}, *rules, *_published(nic, "add")]
+    return [{"add": {"chain": chain}}, {"flush": {"chain": chain}}, *rules, *_published(nic, "add"), *_counted(nic)]
 
 
 def publish_removed(nic: Nic) -> list[Command]:
     """The same away."""
     chain = {"chain": I | {"name": nic.tap}}
-    return [*_published(nic, "delete"), {"flush": chain}, {"delete": chain}]
+    return [*_published(nic, "delete"), {"flush": chain}, {"delete": chain}, *_counted_no_more(nic)]
 
 
 def publish_changed(old: Nic, new: Nic) -> list[Command]:
     """Other published ports of a NIC that stays as it is."""
-    return [*_published(old, "delete"), *publish_added(new)]
+    return [*_published(old, "delete"), *_counted_no_more(old), *publish_added(new)]
+
+
+def counts(listed: Iterable[Command]) -> dict[tuple[str, str, int], tuple[int, int]]:
+    """(tap, protocol, host port) → (packets, bytes) that came for a published port, in what `nft -j list` says."""
+    found = {}
+    for command in listed:
+        rule = command.get("rule", {})
+        if str(rule.get("chain", "")).endswith(COUNTS):
+            protocol, port, counter = rule["expr"]
+            key = rule["chain"].removesuffix(COUNTS), protocol["match"]["right"], int(port["match"]["right"])
+            found[key] = int(counter["counter"]["packets"]), int(counter["counter"]["bytes"])
+    return found
 
 
 def objects(commands: Iterable[Command]) -> set[str]:
@@ -240,6 +254,7 @@ def _sets() -> list[Command]:
         *({"add": {"set": I | {"name": name, "type": kind}}} for name, kind in types.items()),
         *({"add": {"set": I | {"name": name, "type": kind, "flags": ["interval"]}}} for name, kind in ranges.items()),
         {"add": {"map": I | {"name": "published", "type": ["inet_proto", "inet_service"], "map": "verdict"}}},
+        {"add": {"map": I | {"name": "counted", "type": "ipv4_addr", "map": "verdict"}}},
     ]
 
 
@@ -335,6 +350,11 @@ def _translation() -> list[Command]:
         _rule(I, "published-in", where),
         _chain(I, "published-out", "nat", "output", -100),
         _rule(I, "published-out", where),
+        _chain(I, "counting", "filter", "postrouting", 0),
+        _rule(
+            I, "counting", _match(OIF, f"{BRIDGE}*"), _match({"ct": {"key": "status"}}, "dnat", "in"),
+            {"vmap": {"key": _field("ip", "daddr"), "data": "@counted"}},
+        ),
         _chain(I, "masquerade", "nat", "postrouting", 100),
         _rule(I, "masquerade", _match(_field("ip", "saddr"), "@nat4"), away, {"masquerade": None}),
         _rule(I, "masquerade", _match(_field("ip6", "saddr"), "@nat6"), away, {"masquerade": None}),
@@ -352,10 +372,38 @@ def _bridged_by_us() -> list[Expression]:
 
 
 def _published(nic: Nic, verb: str) -> list[Command]:
-    ports = sorted({(forward.protocol, forward.host) for forward in nic.publish})
     jump = {"jump": {"target": nic.tap}}
-    elements: list[Any] = [[{"concat": [protocol, port]}, jump] for protocol, port in ports]
+    elements: list[Any] = [[{"concat": [protocol, port]}, jump] for protocol, port in _ports(nic)]
     return [{verb: {"element": I | {"name": "published", "elem": elements}}}] if elements else []
+
+
+def _counted(nic: Nic) -> list[Command]:
+    """The packets to its published ports are counted, on their way into the bridge. nft 1.0.6 takes the port that was
+    asked for (`ct original`) in no map's key, so the way here is by the guest's address."""
+    if not nic.publish:
+        return []
+    name = nic.tap + COUNTS
+    chain = {"chain": I | {"name": name}}
+    rules = [
+        _rule(
+            I, name, _match(PROTOCOL, protocol), _match({"ct": {"key": "proto-dst", "dir": "original"}}, port),
+            {"counter": {"packets": 0, "bytes": 0}},
+        )
+        for protocol, port in _ports(nic)
+    ]  # fmt: skip
+    return [{"add": chain}, {"flush": chain}, *rules, _element("counted", [nic.address, {"jump": {"target": name}}])]
+
+
+def _counted_no_more(nic: Nic) -> list[Command]:
+    if not nic.publish:
+        return []
+    chain = {"chain": I | {"name": nic.tap + COUNTS}}
+    way = {"name": "counted", "elem": [[nic.address, {"jump": {"target": nic.tap + COUNTS}}]]}
+    return [{"delete": {"element": I | way}}, {"flush": chain}, {"delete": chain}]
+
+
+def _ports(nic: Nic) -> list[tuple[str, int]]:
+    return sorted({(forward.protocol, forward.host) for forward in nic.publish})
 
 
 def _chain(table: Command, name: str, kind: str, hook: str, priority: int) -> Command:

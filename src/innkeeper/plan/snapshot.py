@@ -70,8 +70,8 @@ def machine_then(vm: Mapping[str, Any], snapshot: Mapping[str, Any]) -> tuple[di
     ]
     kept = ("name", "note", "first_boot")
     spec = dict(then) | {field: now[field] for field in kept} | {"nics": nics}
-    pinned = ("machine_type", "accelerator", "cpu_model", "macs")
-    identity = dict(vm["identity"]) | {field: snapshot["identity"][field] for field in pinned}
+    pinned = ("machine_type", "accelerator", "cpu_model", "macs", "cards")
+    identity = dict(vm["identity"]) | {field: snapshot["identity"].get(field) for field in pinned}
     seen = (
         ("vCPUs", now["cpus"], spec["cpus"]),
         ("memory in MiB", now["memory"] >> 20, spec["memory"] >> 20),

@@ -16,6 +16,7 @@ from innkeeper.server import (
     routes_host,
     routes_images,
     routes_networks,
+    routes_nics,
     routes_snapshots,
     routes_vms,
 )
@@ -36,8 +37,8 @@ def create_app(context: Context | None = None) -> FastAPI:
     )
     app.state.context = context
     for module in (
-        routes_host, routes_forks, routes_images, routes_networks, routes_vms, routes_snapshots, routes_guest,
-        routes_apply,
+        routes_host, routes_forks, routes_images, routes_networks, routes_nics, routes_vms, routes_snapshots,
+        routes_guest, routes_apply,
     ):  # fmt: skip
         app.include_router(module.router)
     problems.install(app)

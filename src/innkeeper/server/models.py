@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue
 from innkeeper.spec.network import Mode
 from innkeeper.spec.quantity import ImageName, ImageReference, Model, Name
 from innkeeper.spec.vm import VMSpec
+from innkeeper.spec.wiring import Change
 
 
 class Open(BaseModel):
@@ -171,6 +172,39 @@ class CheckView(Open):
     hops: list[dict[str, JsonValue]]
 
 
+class NicView(Open):
+    """`index`: its number, which it keeps. The addresses and the tap are those of a card in a network."""
+
+    index: int
+    mode: Literal["user", "network", "none"]
+    network: str | None
+    model: str
+    mac: str
+    address: str | None
+    address6: str | None
+    tap: str | None
+
+
+class PortView(Open):
+    """A host port that leads into a VM. `packets` and `bytes` came for it since the daemon's start, the last of them
+    before `last`; null where QEMU's own NAT has it, which does not count."""
+
+    vm: str
+    nic: int
+    network: str | None
+    protocol: Literal["tcp", "udp"]
+    address: str
+    host: int
+    guest: int
+    to: str | None
+    note: str
+    by: str
+    since: str
+    packets: int | None
+    bytes: int | None
+    last: str | None
+
+
 class RecipeView(Open):
     name: str
     title: str
@@ -248,6 +282,13 @@ class ActionRequest(Model):
 
     force: bool = False
     timeout: float | None = Field(default=None, gt=0, le=86400, description="Seconds the guest gets to shut down")
+
+
+class NicsRequest(Model):
+    """Change the cards of a VM, or the ports that lead to them."""
+
+    change: Change
+    by: str = Field(default="", max_length=200, description="Who asks for it, for people")
 
 
 class SnapshotRequest(Model):
@@ -331,7 +372,7 @@ class ApplyRequest(Model):
     dry_run: bool = False
 
 
-class Change(Model):
+class ManifestChange(Model):
     """What `apply` does about one document."""
 
     kind: Literal["vm", "image"]
@@ -342,7 +383,7 @@ class Change(Model):
 
 
 class ApplyView(Model):
-    changes: list[Change]
+    changes: list[ManifestChange]
     operations: list[str]
 
 

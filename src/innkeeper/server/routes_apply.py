@@ -13,7 +13,7 @@ from innkeeper.machine.states import admit
 from innkeeper.operations.converge import differences, needs_new_vm
 from innkeeper.operations.vm_create import arguments
 from innkeeper.server.context import Context, Ctx, VMName
-from innkeeper.server.models import ApplyRequest, ApplyView, Change, Export
+from innkeeper.server.models import ApplyRequest, ApplyView, Export, ManifestChange
 from innkeeper.server.problems import invalid
 from innkeeper.server.routes_vms import as_sealed, check
 from innkeeper.spec.manifest import ImageManifest, Manifest, VMManifest
@@ -63,11 +63,13 @@ async def _as_sealed(
     return as_sealed(await ctx.world.find("image", origin["id"]), manifest) if origin and origin["id"] else manifest
 
 
-async def _compare(ctx: Context, manifest: VMManifest | ImageManifest, planned: set[str]) -> Change:
+async def _compare(ctx: Context, manifest: VMManifest | ImageManifest, planned: set[str]) -> ManifestChange:
     pointer = await ctx.world.store.get(f"name/{manifest.kind}/{manifest.name}")
     if isinstance(manifest, ImageManifest):
         load_recipe(manifest.recipe)
-        return Change(kind="image", name=manifest.name, action="none" if pointer else "build", differences=[], note="")
+        return ManifestChange(
+            kind="image", name=manifest.name, action="none" if pointer else "build", differences=[], note=""
+        )
     if pointer is None:
         if manifest.image in planned and not await ctx.world.store.get(f"name/image/{manifest.image}"):
             raise ActionRefused(
@@ -75,7 +77,7 @@ async def _compare(ctx: Context, manifest: VMManifest | ImageManifest, planned: 
                 hint=f"inn image build {manifest.image} first, then apply again",
             )
         await check(ctx.world, manifest.spec())
-        return Change(kind="vm", name=manifest.name, action="create", differences=[])
+        return ManifestChange(kind="vm", name=manifest.name, action="create", differences=[])
     vm = await ctx.world.find("vm", manifest.name)
     secret = await ctx.world.store.get(f"secret/vm/{vm['id']}")
     assert secret is not None
@@ -89,15 +91,15 @@ async def _compare(ctx: Context, manifest: VMManifest | ImageManifest, planned: 
     running = vm["state"] in ("running", "starting", "paused")
     if found:
         note = "takes effect at its next restart" if running else ""
-        return Change(kind="vm", name=manifest.name, action="update", differences=found, note=note)
+        return ManifestChange(kind="vm", name=manifest.name, action="update", differences=found, note=note)
     if manifest.state == "running" and not running:
-        return Change(kind="vm", name=manifest.name, action="start", differences=[])
+        return ManifestChange(kind="vm", name=manifest.name, action="start", differences=[])
     if manifest.state == "stopped" and running:
-        return Change(kind="vm", name=manifest.name, action="stop", differences=[])
-    return Change(kind="vm", name=manifest.name, action="none", differences=[])
+        return ManifestChange(kind="vm", name=manifest.name, action="stop", differences=[])
+    return ManifestChange(kind="vm", name=manifest.name, action="none", differences=[])
 
 
-async def _converge(ctx: Context, manifest: VMManifest | ImageManifest, change: Change) -> list[str]:
+async def _converge(ctx: Context, manifest: VMManifest | ImageManifest, change: ManifestChange) -> list[str]:
     if change.action == "none":
         return []
     if isinstance(manifest, ImageManifest):

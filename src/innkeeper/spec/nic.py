@@ -18,6 +18,7 @@ class PortForward(Model):
     guest: int = Field(ge=1, le=65535, description="Port in the guest")
     protocol: Literal["tcp", "udp"] = "tcp"
     address: str = Field(default="127.0.0.1", description="Host address that listens; 0.0.0.0 for all")
+    note: str = Field(default="", max_length=1000, description="Why it is there, for people")
 
     @field_validator("address")
     @classmethod
@@ -34,10 +35,10 @@ _MAC = re.compile(r"[0-9a-f]{2}(:[0-9a-f]{2}){5}")
 class NicSpec(Model):
     """One network card."""
 
-    mode: Literal["user", "network", "none"] = Field(
+    mode: Literal["user", "network", "none", "absent"] = Field(
         default="user",
         description="user: QEMU's own NAT, needs no privilege; network: the one that `network` names; "
-        "none: cable not plugged in",
+        "none: cable not plugged in; absent: an empty place, so that the cards behind it keep their numbers",
     )
     network: Name | None = Field(default=None, description="The network that it is plugged into")
     model: Literal["virtio", "e1000e"] = "virtio"
@@ -50,6 +51,8 @@ class NicSpec(Model):
             raise ValueError(
                 f"mode {self.mode!r} and network {self.network!r} do not fit: mode network names its network"
             )
+        if self.publish and self.mode not in ("user", "network"):
+            raise ValueError(f"a port cannot be published on a card of mode {self.mode!r}")
         return self
 
     @field_validator("mac")

@@ -1,0 +1,111 @@
+"""Change a VM's NICs or the ports that lead to them, while it runs or not.
+
+The documents are written first, with what they claim; then the running QEMU and the host are brought to what they say.
+Undoing is the same with the old documents.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from typing import Any
+
+from pydantic import TypeAdapter
+
+from innkeeper.base.errors import ActionRefused, QemuGone, UnplugRefused
+from innkeeper.machine.machine import Machine
+from innkeeper.machine.states import LIVE
+from innkeeper.operations.engine import Context, Step, Verb
+from innkeeper.operations.networks import follow
+from innkeeper.operations.vm_update import rewrite, unwrite
+from innkeeper.operations.world import World
+from innkeeper.plan.devices import card, taps, user_forwards, user_netdev
+from innkeeper.plan.identity import Identity
+from innkeeper.plan.wiring import changed
+from innkeeper.qemu import cards
+from innkeeper.spec.vm import VMSpec
+from innkeeper.spec.wiring import Change, RemoveNic
+from innkeeper.store.contract import Value, update
+
+CHANGE: TypeAdapter[Change] = TypeAdapter(Change)
+LET_GO, LET_GO_AGAIN = 30.0, 2.0
+"""Seconds that the guest has to let go of a card; where adding it is undone."""
+
+
+def check(vm: Value, change: Change) -> None:
+    """What can be known to be wrong. Raises what `plan.wiring.changed` does, and `ActionRefused`."""
+    if vm["state"] in LIVE and vm["pending"]:
+        raise ActionRefused(
+            f"{vm['name']} runs with other settings than it has", hint=f"inn restart {vm['name']}, then try again"
+        )
+    if vm["state"] == "paused" and isinstance(change, RemoveNic):
+        raise ActionRefused(f"{vm['name']} is paused, so its guest lets go of nothing", hint=f"inn resume {vm['name']}")
+    changed(VMSpec.model_validate(vm["spec"]), Identity.model_validate(vm["identity"]), change)
+
+
+async def write(ctx: Context) -> None:
+    """The documents, with what they claim."""
+    vm = await ctx.world.find("vm", ctx.target["id"])
+    old, change = ctx.data.get("old", vm), CHANGE.validate_python(ctx.args["change"])
+    spec, identity = changed(VMSpec.model_validate(old["spec"]), Identity.model_validate(old["identity"]), change)
+    await rewrite(ctx, spec, {"cards": identity.cards}, pending=old["pending"])
+
+
+async def bring(ctx: Context) -> None:
+    """The host and the running QEMU have what the documents say."""
+    await _bring(ctx.world, ctx.target["id"], LET_GO)
+
+
+async def take_back(ctx: Context) -> None:
+    """Undo of `write`, and so of `bring`. What a guest does not let go of then, it keeps until its next start."""
+    await unwrite(ctx)
+    try:
+        with suppress(QemuGone):
+            await _bring(ctx.world, ctx.target["id"], LET_GO_AGAIN)
+    except UnplugRefused:
+        await update(ctx.world.store, f"vm/{ctx.target['id']}", lambda vm: vm | {"pending": True})
+
+
+async def _bring(world: World, vm_id: str, seconds: float) -> None:
+    vm = await world.find("vm", vm_id)
+    machine = world.machines.get(vm_id)
+    if machine is None or vm["state"] not in ("running", "paused"):
+        await follow(world, vm_id)
+        return
+    spec, identity = VMSpec.model_validate(vm["spec"]), Identity.model_validate(vm["identity"])
+    wanted = {index for index, nic in enumerate(spec.nics) if nic.mode != "absent"}
+    there = await cards.present(machine.monitor)
+    for index in sorted(there - wanted):
+        await cards.unplug(machine.monitor, index, seconds)
+    await follow(world, vm_id)  # its rules are in force before its first packet
+    for index in sorted(wanted - there):
+        await _plug(world, machine, spec, identity, index)
+    for index, nic in enumerate(spec.nics):
+        if nic.mode == "user":
+            await cards.forward(machine.monitor, f"net{index}", user_forwards(index, nic, identity))
+
+
+async def _plug(world: World, machine: Machine, spec: VMSpec, identity: Identity, index: int) -> None:
+    nic = spec.nics[index]
+    device, netdev = card(index, nic, identity), None
+    if nic.mode == "user":
+        netdev = user_netdev(index, nic, identity)
+    if nic.mode != "network":
+        await cards.plug(machine.monitor, device, netdev)
+        return
+    (tap,) = [tap for tap in taps(spec, identity) if tap.netdev == f"net{index}"]
+    (fd,) = await world.fabric.open_taps(identity.id, [tap.name])
+    try:
+        await machine.monitor.give(tap.name, fd)
+    finally:
+        os.close(fd)
+    await cards.plug(machine.monitor, device, {"type": "tap", "id": tap.netdev, "fd": tap.name})
+
+
+STEPS = (Step("write", write, take_back), Step("bring", bring))
+VERB = Verb("vm-nics", STEPS)
+
+
+def arguments(change: Change, by: str) -> dict[str, Any]:
+    """What the journal keeps of a request."""
+    return {"change": change.model_dump(mode="json"), "by": by}

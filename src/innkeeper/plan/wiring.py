@@ -1,0 +1,99 @@
+"""What a VM's NICs are after a change: pure functions.
+
+A card's number is for life: its MAC, its address, its tap and its PCI port follow from it. So one that goes leaves an
+empty place where others are behind it, and the next one comes into the first empty place.
+"""
+
+from __future__ import annotations
+
+from typing import assert_never
+
+from innkeeper.base.errors import ActionRefused, InvalidInput, NotFound, PortTaken, Unsupported
+from innkeeper.plan.identity import Identity
+from innkeeper.plan.pci import SPARES
+from innkeeper.spec.nic import NicSpec, PortForward
+from innkeeper.spec.vm import VMSpec
+from innkeeper.spec.wiring import AddNic, Change, Publish, RemoveNic, Unpublish
+
+MOST = 8
+"""NICs of a VM."""
+ABSENT = NicSpec(mode="absent")
+
+
+def changed(spec: VMSpec, identity: Identity, change: Change) -> tuple[VMSpec, Identity]:
+    """The spec after a change, and the identity but for its MACs. Raises `InvalidInput`, `NotFound`, `PortTaken`,
+    `Unsupported`, `ActionRefused`."""
+    nics = list(spec.nics)
+    cards = identity.cards
+    match change:
+        case Publish(forward=forward):
+            index = _card(spec, change.nic)
+            _check_unpublished(spec, identity, forward)
+            nics[index] = nics[index].model_copy(update={"publish": (*nics[index].publish, forward)})
+        case Unpublish(host=host, protocol=protocol):
+            nics = [_without(nic, host, protocol) for nic in nics]
+            if nics == list(spec.nics):
+                raise NotFound(f"{spec.name} does not publish host port {host}/{protocol}", hint="inn ports")
+        case AddNic(nic=nic):
+            cards, index = _place(spec, cards)
+            nics[index : index + 1] = [nic]
+        case RemoveNic(index=index):
+            _existing(spec, index)
+            cards = len(nics) if cards is None else cards
+            nics[index] = ABSENT
+            while nics and nics[-1].mode == "absent":
+                nics.pop()
+        case _:
+            assert_never(change)
+    macs = [nic.mac for nic in nics if nic.mac]
+    if len(macs) != len(set(macs)):
+        raise InvalidInput(f"{spec.name} has a card with this MAC address already", field="mac")
+    return spec.model_copy(update={"nics": tuple(nics)}), identity.model_copy(update={"cards": cards})
+
+
+def _existing(spec: VMSpec, index: int) -> NicSpec:
+    if index >= len(spec.nics) or spec.nics[index].mode == "absent":
+        raise NotFound(f"{spec.name} has no card {index}", hint=f"inn nic ls {spec.name}")
+    return spec.nics[index]
+
+
+def _card(spec: VMSpec, wanted: int | None) -> int:
+    if wanted is not None:
+        if (mode := _existing(spec, wanted).mode) not in ("user", "network"):
+            raise ActionRefused(f"card {wanted} of {spec.name} is of mode {mode}: nothing comes in there")
+        return wanted
+    for index, nic in enumerate(spec.nics):
+        if nic.mode in ("user", "network"):
+            return index
+    raise ActionRefused(
+        f"{spec.name} has no network card that is plugged in", hint=f"inn nic add {spec.name} --network NETWORK"
+    )
+
+
+def _check_unpublished(spec: VMSpec, identity: Identity, forward: PortForward) -> None:
+    where = f"host port {forward.host}/{forward.protocol}"
+    for nic in spec.nics:
+        for other in nic.publish:
+            if (other.protocol, other.host) == (forward.protocol, forward.host):
+                raise PortTaken(
+                    f"{where} leads to port {other.guest} of {spec.name} already",
+                    hint=f"inn unpublish {spec.name} {other.host}", port=other.host, holder=spec.name,
+                )  # fmt: skip
+    if forward.protocol == "tcp" and forward.host == identity.ssh_port:
+        raise PortTaken(
+            f"{where} leads to SSH of {spec.name}", hint="choose another", port=forward.host, holder=spec.name
+        )
+
+
+def _without(nic: NicSpec, host: int, protocol: str) -> NicSpec:
+    kept = tuple(forward for forward in nic.publish if (forward.host, forward.protocol) != (host, protocol))
+    return nic.model_copy(update={"publish": kept})
+
+
+def _place(spec: VMSpec, cards: int | None) -> tuple[int | None, int]:
+    """(cards with root ports of their own, the first empty place)."""
+    index = next((at for at, nic in enumerate(spec.nics) if nic.mode == "absent"), len(spec.nics))
+    cards = len(spec.nics) if cards is None else cards
+    if index >= MOST or index - cards >= SPARES:
+        raise Unsupported(f"{spec.name} has no place for another card", hint=f"inn nic rm {spec.name} takes one away")
+    return cards, index

@@ -1,0 +1,164 @@
+"""Published ports and cards that come and go, with a real guest in a network namespace that plays the host."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import running_daemon
+from inside import ready
+from namespaces import namespace, run
+
+from innkeeper.client.errors import ApiError
+from innkeeper.client.wishes import vm_spec
+
+pytestmark = [pytest.mark.guest, pytest.mark.skipif(os.geteuid() != 0, reason="networks are made by root")]
+PAGE = "while true; do printf 'HTTP/1.0 200 OK\\r\\n\\r\\nhello' | nc -l -p 80; done"
+ECHO = "while true; do nc -l -p 7 -e cat; done"
+GET = "import urllib.request; print(urllib.request.urlopen('http://{}', timeout=20).read().decode(), end='')"
+HOLD = """
+import socket, sys
+line = socket.create_connection(("192.0.2.1", 7007), 20)
+line.settimeout(3)
+for word in sys.stdin:
+    line.sendall(word.encode())
+    try:
+        print(line.recv(100).decode().strip() or "closed", flush=True)
+    except OSError:
+        print("nothing", flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def outside():
+    with namespace("out") as name:
+        yield name
+
+
+@pytest.fixture(scope="module")
+def lab(outside):
+    """A daemon with networks `lab` (nat) and `vault` (internal), and the guests `web` in lab and `home` in none."""
+    with namespace("inn") as host:
+        run(host, "ip", "link", "add", "wan", "type", "veth", "peer", "name", "eth0", "netns", outside)
+        for where, link, address in ((host, "wan", "192.0.2.1/24"), (outside, "eth0", "192.0.2.2/24")):
+            run(where, "ip", "addr", "add", address, "dev", link)
+            run(where, "ip", "link", "set", link, "up")
+        with running_daemon("tiny", namespace=host) as daemon:
+            daemon.inn.network_create("lab").wait()
+            daemon.inn.network_create("vault", mode="internal").wait()
+            specs = [
+                vm_spec("web", "tiny", memory="256M", disk="8M", network="lab"),
+                vm_spec("home", "tiny", memory="256M", disk="8M"),
+            ]
+            for operation in [daemon.inn.create(spec) for spec in specs]:
+                operation.wait()
+            for name in ("web", "home"):
+                sh(daemon, name, f"({PAGE}) </dev/null >/dev/null 2>&1 & ({ECHO}) </dev/null >/dev/null 2>&1 &")
+            yield daemon
+            for name in ("web", "home"):
+                daemon.inn.vm(name).delete(force=True)
+            for name in ("lab", "vault"):
+                daemon.inn.network_delete(name).wait()
+            assert "innkeeper" not in run(host, "nft", "list", "tables")
+
+
+def sh(daemon, vm, command):
+    done = daemon.inn.vm(vm).exec(["sh", "-c", command])
+    return done.status, done.stdout.decode()
+
+
+def get(where, address):
+    """The page at an address, as it is seen from a namespace; None where there is none."""
+    inside = ["nsenter", f"--net=/run/netns/{where}", sys.executable, "-c", GET.format(address)]
+    done = subprocess.run(inside, capture_output=True, text=True)
+    return done.stdout if done.returncode == 0 else None
+
+
+def eventually(look):
+    deadline = time.monotonic() + 60
+    while not look():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.2)
+    return True
+
+
+def test_a_port_is_visible_at_once_and_gone_at_once_with_the_connections_through_it(lab, outside):
+    web = lab.inn.vm("web")
+    web.publish("8080:80", note="the page", by="ada").wait()
+    web.publish("7007:7").wait()
+    assert get(outside, "192.0.2.1:8080") == "hello"
+    with pytest.raises(ApiError, match="host port 8080/tcp is published by web"):
+        lab.inn.vm("home").publish("8080:80").wait()
+    with pytest.raises(ApiError, match="leads to port 80 of web already"):
+        web.publish("8080:81")
+    inside = ["nsenter", f"--net=/run/netns/{outside}", sys.executable, "-c", HOLD]
+    with subprocess.Popen(inside, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1) as line:
+        line.stdin.write("one\n")
+        assert line.stdout.readline() == "one\n"
+        (page,) = [port for port in lab.inn.ports() if port["host"] == 8080]
+        assert (page["vm"], page["guest"], page["note"], page["by"]) == ("web", 80, "the page", "ada")
+        assert page["network"] == "lab" and page["packets"] >= 3 and page["bytes"] > 100 and page["last"]
+        web.unpublish(7007).wait()
+        line.stdin.write("two\n")
+        assert line.stdout.readline() in ("nothing\n", "closed\n")
+        line.stdin.close()
+    assert get(outside, "192.0.2.1:8080") == "hello"
+    web.unpublish(8080).wait()
+    assert get(outside, "192.0.2.1:8080") is None
+    assert [port["host"] for port in lab.inn.ports() if port["vm"] == "web"] == []
+
+
+def test_a_port_of_qemus_own_nat_comes_and_goes_likewise(lab, outside):
+    home = lab.inn.vm("home")
+    home.publish("8080:80").wait()
+    assert get(outside, "192.0.2.1:8080") == "hello"
+    (page,) = [port for port in lab.inn.ports() if port["host"] == 8080]
+    assert page["packets"] is None and page["network"] is None
+    home.unpublish(8080).wait()
+    assert get(outside, "192.0.2.1:8080") is None
+    held = ["nsenter", f"--net=/run/netns/{lab.namespace}", sys.executable, "-c"]
+    server = "import socket, time; s = socket.create_server(('', 8081)); print(flush=True); time.sleep(600)"
+    with subprocess.Popen([*held, server], stdout=subprocess.PIPE) as program:
+        try:
+            program.stdout.readline()
+            with pytest.raises(ApiError, match=rf"in use by python.*\(pid {program.pid}\)"):
+                home.publish("8081:80").wait()
+        finally:
+            program.kill()
+
+
+def test_a_card_comes_and_goes_while_the_guest_runs_and_the_others_stay(lab, outside):
+    web = lab.inn.vm("web")
+    (first,) = web.nics
+    with pytest.raises(ApiError, match="no network 'nowhere'"):
+        web.nic_add(network="nowhere").wait()
+    web.nic_add(network="vault").wait()
+    web.nic_add(network="lab", mac="52:54:00:aa:bb:cc").wait()
+    assert web.nics[0] == first and [card["index"] for card in web.nics] == [0, 1, 2]
+    for card in web.nics[1:]:
+        assert eventually(lambda mac=card["mac"]: mac in sh(lab, "web", "cat /sys/class/net/*/address")[1])
+    third = web.nics[2]
+    name = sh(lab, "web", "cd /sys/class/net; grep -l 52:54:00:aa:bb:cc */address")[1].partition("/")[0]
+    said = sh(lab, "web", f"ip link set {name} up && udhcpc -n -q -f -i {name} 2>&1")[1]
+    assert f"lease of {third['address']} obtained" in said
+    with pytest.raises(ApiError, match="network vault is internal"):
+        web.publish("8082:80", nic=1).wait()
+    web.nic_remove(1).wait()
+    assert [card["index"] for card in web.nics] == [0, 2] and web.nics[1] == third
+    lab.kill()
+    lab.start()
+    assert web.nics == [first, third]
+    web.restart(force=True)
+    ready(web)
+    assert web.nics == [first, third]
+    found = sh(lab, "web", "cat /sys/class/net/*/address")[1]
+    assert first["mac"] in found and third["mac"] in found
+    web.nic_remove(2).wait()
+    assert third["mac"] not in sh(lab, "web", "cat /sys/class/net/*/address")[1]
+    assert web.nics == [first]
+    assert json.loads(run(lab.namespace, "ip", "-j", "link", "show", "type", "tun"))[0]["ifname"] == first["tap"]
+    with pytest.raises(ApiError, match="web has no card 2"):
+        web.nic_remove(2)
