@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 
@@ -36,8 +37,10 @@ class RecordingStore(MemoryStore):
         self.snapshots: list[dict] = []
         self.failing = 0
         self.on_write = None
+        self.synced: list[tuple[bool, dict]] = []
 
-    async def _persist(self, revision, texts):
+    async def _persist(self, revision, texts, synced):
+        self.synced.append((synced, texts))
         if self.failing:
             self.failing -= 1
             raise StoreFailed("no space left on device")
@@ -695,3 +698,12 @@ async def test_an_operation_of_another_version_is_ended_and_lets_go():
     view = await engine.get("old")
     assert (view["state"], view["error"]["code"]) == ("failed", "unsupported")
     assert (await store.get("vm/1")).value["operation"] is None
+
+
+async def test_a_step_that_changes_only_the_store_is_carried_by_the_next_line_of_the_journal():
+    store = RecordingStore()
+    steps = [replace(step(name), store_only=name == "two") for name in ("one", "two", "three")]
+    engine, operation = await submit(world(store), "few", verbs={"few": Verb("few", tuple(steps))})
+    assert (await end_of(engine, operation))["state"] == "done"
+    lines = [(synced, json.loads(texts[f"operation/{operation}"])) for synced, texts in store.synced[1:]]
+    assert [(journal["index"], journal["ended"]) for synced, journal in lines if not synced] == [(1, None)]

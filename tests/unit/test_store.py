@@ -168,3 +168,20 @@ async def _fill_and_recover(mount):
     (mount / "filler").unlink()
     await again.transact({"vm/a": {"reason": ""}})
     await again.close()
+
+
+async def test_what_is_not_synced_outlives_its_daemon_and_comes_before_what_is(tmp_path):
+    store = SQLiteStore(tmp_path / "store.db")
+    await store.transact({"a": {"n": 1}}, synced=False)
+    await update(store, "a", lambda value: {"n": value["n"] + 1}, synced=False)
+    for name in ("store.db", "store.db-wal"):  # as a daemon that is killed leaves them
+        (tmp_path / f"killed-{name}").write_bytes((tmp_path / name).read_bytes())
+    (tmp_path / "killed-store.db-wal").rename(tmp_path / "killed.db-wal")
+    (tmp_path / "killed-store.db").rename(tmp_path / "killed.db")
+    await store.transact({"b": {}}, {"b": 0})
+    await store.close()
+    again, killed = SQLiteStore(tmp_path / "store.db"), SQLiteStore(tmp_path / "killed.db")
+    assert [d.key for d in await again.list("")] == ["a", "b"]
+    assert (await killed.get("a")).value == {"n": 2}
+    await again.close()
+    await killed.close()

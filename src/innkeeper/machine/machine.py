@@ -245,7 +245,8 @@ class Machine:
             await monitor.close()
 
     async def _save(self, final: str | None = None) -> None:
-        """Record the state. A store that cannot be written never harms the guest: it is tried until it works."""
+        """Record the state. A store that cannot be written never harms the guest: it is tried until it works. Only a
+        `final` one has to outlive the host's power."""
         state, reason = final or self.status.state, self.status.reason
         stamp = now()
 
@@ -257,7 +258,7 @@ class Machine:
         while True:
             try:
                 with suppress(NotFound):
-                    await update(self._store, f"vm/{self.id}", change)
+                    await update(self._store, f"vm/{self.id}", change, synced=bool(final))
                     if final:
                         await self._store.transact({f"live/{self.id}": None})
                 return

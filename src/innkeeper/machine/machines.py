@@ -89,7 +89,7 @@ class Machines:
             live = {"pid": pid.number, "started": pid.started, "argv": plan.argv(), "since": now()}
             beside = asyncio.gather(
                 cgroup.place(self._home, vm_id, pid.number),
-                self._store.transact({f"live/{vm_id}": live}),
+                self._store.transact({f"live/{vm_id}": live}, synced=False),  # no QEMU outlives the power
                 return_exceptions=True,
             )
             try:

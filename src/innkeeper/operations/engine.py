@@ -60,6 +60,9 @@ class Step:
     keep: bool = False
     idle: Callable[[Context], bool] = _never
     """Whether there is nothing to do this time: that is not worth a line in the journal, which costs a sync."""
+    store_only: bool = False
+    """It changes nothing but the store, so neither its line in the journal nor what it writes needs a sync: after a
+    power cut, either all that came up to the next line is there, or the step is done again."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,7 @@ class Context:
     args: dict[str, Any]
     data: dict[str, Any]
     result: dict[str, Any]
-    save: Callable[[], Awaitable[None]]
+    save: Callable[..., Awaitable[None]]
     report: Callable[[float | None, str], None]
     """Progress of this step: a fraction of 0..1 or None, and a few words."""
 
@@ -296,7 +299,7 @@ class Engine:
         if not journalled and not step.idle(ctx):
             progress = {"fraction": None, "text": ""}
             done = {"data": ctx.data, "result": ctx.result, "target": ctx.target}
-            await self._change(ctx.operation, {"index": index, "progress": progress} | done)
+            await self._change(ctx.operation, {"index": index, "progress": progress} | done, synced=not step.store_only)
         again = await self._fault(verb.kind, step.name, "before")
         await step.do(ctx)
         if again:
@@ -318,10 +321,9 @@ class Engine:
             self._reports.add(task)
             task.add_done_callback(self._reports.discard)
 
-        async def save() -> None:
-            await self._change(
-                operation, {"data": ctx.data, "target": ctx.target, "hold": ctx.data.get("hold", journal["hold"])}
-            )
+        async def save(*, synced: bool = True) -> None:
+            hold = ctx.data.get("hold", journal["hold"])
+            await self._change(operation, {"data": ctx.data, "target": ctx.target, "hold": hold}, synced=synced)
 
         ctx = Context(
             self._world, operation, journal["kind"], dict(journal["target"]), journal["args"], dict(journal["data"]),
@@ -366,7 +368,7 @@ class Engine:
         except InnkeeperError as error:
             log.warning("progress not recorded", error=str(error))
 
-    async def _change(self, operation: str, fields: Value, release: bool = False) -> None:
+    async def _change(self, operation: str, fields: Value, release: bool = False, *, synced: bool = True) -> None:
         while True:
             document = await self._store.get(_key(operation))
             assert document is not None
@@ -381,7 +383,7 @@ class Engine:
                     writes[hold] = held.value | {"operation": None}
                     checks[hold] = held.revision
             try:
-                await self._store.transact(writes, checks)
+                await self._store.transact(writes, checks, synced=synced)
                 return
             except Conflict:
                 continue

@@ -55,7 +55,7 @@ async def claim(ctx: Context) -> None:
         ctx.data["vm"] = ctx.target["id"] = new_id()
         ctx.data["layers"] = [new_id() for _ in snapshot["disks"]]
         ctx.data["hold"] = f"vm/{ctx.data['vm']}"
-        await ctx.save()
+        await ctx.save(synced=False)
     if await world.store.get(f"vm/{ctx.data['vm']}"):
         return  # claimed before the daemon died
     source = await world.find("vm", snapshot["vm"])
@@ -85,7 +85,7 @@ async def claim(ctx: Context) -> None:
             "host_key": vars(make_host_key(spec.name)),
         }
         try:
-            await world.store.transact(writes, checks)
+            await world.store.transact(writes, checks, synced=False)
             return
         except Conflict as conflict:
             if str(conflict.facts["key"]).startswith("name/"):

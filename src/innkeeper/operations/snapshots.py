@@ -89,7 +89,7 @@ async def add_layers(ctx: Context, vm: Value, ids: Sequence[str], below: Sequenc
         if (uid := vm["identity"]["uid"]) is not None:
             os.chown(path, uid, uid, follow_symlinks=False)  # the folder is that of a QEMU that may run
         writes[f"layer/{layer_id}"] = layer
-    await world.store.transact(writes)
+    await world.store.transact(writes, synced=False)  # the line of the step that uses them is
 
 
 async def drop_layers(ctx: Context, vm_id: str, ids: Sequence[str]) -> None:

@@ -81,7 +81,7 @@ async def claim(ctx: Context) -> None:
             "host_key": secret.value["host_key"] if keep else vars(make_host_key(spec.name)),
         }
         try:
-            await world.store.transact(writes, checks)
+            await world.store.transact(writes, checks, synced=False)
             break
         except Conflict as conflict:
             if str(conflict.facts["key"]).startswith("name/"):
@@ -104,7 +104,7 @@ async def _decide(ctx: Context, source: Value) -> None:
         ctx.data |= snapshot_create.decide(source)
     ctx.data["tops"] = [new_id() for _ in tops] if linked else [ctx.data["copies"][top] for top in tops]
     ctx.data["hold"] = [f"vm/{source['id']}", f"vm/{ctx.data['vm']}"]
-    await ctx.save()
+    await ctx.save(synced=False)
 
 
 async def _layers(ctx: Context, source: Value) -> list[Value]:
@@ -236,7 +236,7 @@ def _not_merged(ctx: Context) -> bool:
 
 
 STEPS = (
-    Step("claim", claim, unclaim),
+    Step("claim", claim, unclaim, store_only=True),
     Step("prepare", prepare, unprepare, idle=_stays),
     Step("freeze", snapshot_create.freeze, snapshot_create.thaw, idle=_not_frozen),
     Step("switch", switch, unswitch, idle=_stays),

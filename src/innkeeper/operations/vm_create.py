@@ -50,7 +50,7 @@ async def claim(ctx: Context) -> None:
         ctx.data["hold"] = f"vm/{ctx.data['vm']}"
         if ctx.target["kind"] == "vm":
             ctx.target["id"] = ctx.data["vm"]
-        await ctx.save()
+        await ctx.save(synced=False)
     if await world.store.get(f"vm/{ctx.data['vm']}"):
         return  # claimed before the daemon died
     host = await world.host_with_qemu()
@@ -87,7 +87,7 @@ async def claim(ctx: Context) -> None:
             document = await world.store.get(f"image/{image['id']}")
             checks[f"image/{image['id']}"] = document.revision if document else 0
         try:
-            await world.store.transact(writes, checks)
+            await world.store.transact(writes, checks, synced=False)
         except Conflict as conflict:
             if not str(conflict.facts["key"]).startswith(("slot/", "image/", "port/", "address/", "network/")):
                 raise _taken(spec) from None
@@ -300,7 +300,7 @@ async def settle(ctx: Context) -> None:
     def change(vm: Value) -> Value | None:
         return vm | {"state": "stopped", "since": stamp} if vm["state"] == "creating" else None
 
-    vm = await update(ctx.world.store, f"vm/{ctx.data['vm']}", change)
+    vm = await update(ctx.world.store, f"vm/{ctx.data['vm']}", change, synced=False)
     ctx.result["vm"] = vm["name"]
     target = {"kind": "vm", "id": vm["id"], "name": vm["name"]}
     if not ctx.data.get("told"):
@@ -315,9 +315,9 @@ async def unsettle(ctx: Context) -> None:
 
 
 STEPS = (
-    Step("claim", claim, unclaim),
+    Step("claim", claim, unclaim, store_only=True),
     Step("make-files", make_files, remove_files),
-    Step("settle", settle, unsettle),
+    Step("settle", settle, unsettle, store_only=True),
 )
 VERB = Verb("vm-create", STEPS)
 

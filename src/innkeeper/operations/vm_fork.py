@@ -108,9 +108,9 @@ async def _make_files(ctx: Context) -> None:
 
 STEPS = (
     Step("wait", fork_of_vm.wait, idle=_nothing_to_wait_for),
-    Step("claim", _claim, vm_create.unclaim),
+    Step("claim", _claim, vm_create.unclaim, store_only=True),
     Step("make-files", _make_files, vm_create.remove_files),
-    Step("settle", vm_create.settle, vm_create.unsettle),
+    Step("settle", vm_create.settle, vm_create.unsettle, store_only=True),
     *(step for step in vm_start.STEPS if step.do is not vm_start.run),
     Step("go-on", go_on),
 )

@@ -269,11 +269,12 @@ async def _vm(ctx: Context) -> Value:
 
 async def _state(ctx: Context, state: str) -> None:
     changed = {"state": state, "reason": "", "since": now(), "pending": False}
-    await update(ctx.world.store, f"vm/{_vm_id(ctx)}", lambda vm: None if vm["state"] == state else vm | changed)
+    key = f"vm/{_vm_id(ctx)}"
+    await update(ctx.world.store, key, lambda vm: None if vm["state"] == state else vm | changed, synced=False)
 
 
 STEPS = (
-    Step("admit", admit, unadmit),
+    Step("admit", admit, unadmit, store_only=True),
     Step("spawn", spawn, kill),
     Step("run", run),
 )

@@ -38,8 +38,13 @@ class Store(Protocol):
     async def list(self, prefix: str) -> list[Document]:
         """All documents whose key begins with `prefix`, by key."""
 
-    async def transact(self, writes: Mapping[str, Value | None], checks: Mapping[str, int] | None = None) -> int:
+    async def transact(
+        self, writes: Mapping[str, Value | None], checks: Mapping[str, int] | None = None, *, synced: bool = True
+    ) -> int:
         """Write all (None deletes) or nothing; returns the new revision.
+
+        It outlives the daemon; if `synced`, and with all that came before it, also the host's power. What is not is
+        for writes that nobody acts upon before a synced one has come after them.
 
         `checks` gives the revision each key must still have, 0 for «must not exist»; else `Conflict` is raised,
         with the first key that differs in `facts["key"]`.
@@ -59,10 +64,11 @@ class Store(Protocol):
         """Release what the store holds."""
 
 
-async def update(store: Store, key: str, change: Callable[[Value], Value | None]) -> Value:
+async def update(store: Store, key: str, change: Callable[[Value], Value | None], *, synced: bool = True) -> Value:
     """Read, change, compare-and-set, again if somebody else was quicker. Returns the new value.
 
-    `change` gets a shallow copy and returns the new value, or None for «leave it». Raises `NotFound`.
+    `change` gets a shallow copy and returns the new value, or None for «leave it»; `synced` as in `transact`. Raises
+    `NotFound`.
     """
     while True:
         document = await store.get(key)
@@ -72,7 +78,7 @@ async def update(store: Store, key: str, change: Callable[[Value], Value | None]
         if new is None or new == document.value:
             return document.value
         try:
-            await store.transact({key: new}, {key: document.revision})
+            await store.transact({key: new}, {key: document.revision}, synced=synced)
         except Conflict:
             continue
         return new

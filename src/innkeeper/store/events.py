@@ -20,7 +20,8 @@ Level = Literal["info", "warning", "error"]
 
 
 class EventLog:
-    """Appends events and follows them. Losing an event is logged and harms nothing else."""
+    """Appends events and follows them. Losing an event, as a power cut may the last ones,
+    harms nothing else."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -43,7 +44,7 @@ class EventLog:
         first = self._first if seq - self._first < KEPT + 100 else seq - KEPT + 1
         writes |= {_key(old): None for old in range(self._first, first)}
         try:
-            await self._store.transact(writes)
+            await self._store.transact(writes, synced=False)
             self._first = max(self._first, first)
         except StoreFailed as error:
             log.error("event lost", error=str(error))

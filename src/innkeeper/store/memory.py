@@ -39,25 +39,27 @@ class MemoryStore:
         last = bisect.bisect_left(self._keys, prefix + "\U0010ffff")
         return [self._documents[key] for key in self._keys[first:last]]
 
-    async def transact(self, writes: Mapping[str, Value | None], checks: Mapping[str, int] | None = None) -> int:
+    async def transact(
+        self, writes: Mapping[str, Value | None], checks: Mapping[str, int] | None = None, *, synced: bool = True
+    ) -> int:
         # Through JSON: the caller keeps its own copy, and what is not JSON fails here rather than at a restart.
         texts = {key: None if value is None else json.dumps(value) for key, value in writes.items()}
         # Shielded: a caller that is cancelled half-way must not leave the medium and the memory apart.
-        return await asyncio.shield(self._transact(texts, checks or {}))
+        return await asyncio.shield(self._transact(texts, checks or {}, synced))
 
-    async def _transact(self, texts: Mapping[str, str | None], checks: Mapping[str, int]) -> int:
+    async def _transact(self, texts: Mapping[str, str | None], checks: Mapping[str, int], synced: bool) -> int:
         async with self._writing:
             for key, expected in checks.items():
                 document = self._documents.get(key)
                 actual = document.revision if document else 0
                 if actual != expected:
                     raise Conflict(f"{key} has changed", key=key, expected=expected, actual=actual)
-            await self._persist(self._revision + 1, texts)
+            await self._persist(self._revision + 1, texts, synced)
             self._apply(self._revision + 1, texts)
             return self._revision
 
-    async def _persist(self, revision: int, texts: Mapping[str, str | None]) -> None:
-        """Make the writes durable before anyone can see them."""
+    async def _persist(self, revision: int, texts: Mapping[str, str | None], synced: bool) -> None:
+        """Make the writes durable, as far as `transact` promises, before anyone can see them."""
 
     def _apply(self, revision: int, texts: Mapping[str, str | None]) -> None:
         self._revision = revision

@@ -57,7 +57,6 @@ class SQLiteStore(MemoryStore):
         db = sqlite3.connect(self._path, isolation_level=None, check_same_thread=False)
         try:
             db.execute("PRAGMA journal_mode = WAL")
-            db.execute("PRAGMA synchronous = FULL")
             db.executescript(SCHEMA)
         except sqlite3.OperationalError as error:
             if "full" not in str(error) or not self._let_go():
@@ -92,24 +91,26 @@ class SQLiteStore(MemoryStore):
         log.warning("the disk is full: ballast released", path=str(self._ballast))
         return True
 
-    async def _persist(self, revision: int, texts: Mapping[str, str | None]) -> None:
-        await asyncio.get_running_loop().run_in_executor(self._thread, self._commit, revision, texts)
+    async def _persist(self, revision: int, texts: Mapping[str, str | None], synced: bool) -> None:
+        await asyncio.get_running_loop().run_in_executor(self._thread, self._commit, revision, texts, synced)
 
-    def _commit(self, revision: int, texts: Mapping[str, str | None]) -> None:
+    def _commit(self, revision: int, texts: Mapping[str, str | None], synced: bool) -> None:
         try:
             try:
-                self._write(revision, texts)
+                self._write(revision, texts, synced)
             except sqlite3.OperationalError as error:
                 if "full" not in str(error) or not self._let_go():
                     raise
-                self._write(revision, texts)
+                self._write(revision, texts, synced)
         except sqlite3.Error as error:
             raise StoreFailed(
                 f"{self._path} could not be written: {error}", hint="make room on its file system"
             ) from None
 
-    def _write(self, revision: int, texts: Mapping[str, str | None]) -> None:
+    def _write(self, revision: int, texts: Mapping[str, str | None], synced: bool) -> None:
         db = self._db
+        # In WAL mode NORMAL leaves out the sync of the log; the next one, of the same file, includes what it left out.
+        db.execute(f"PRAGMA synchronous = {'FULL' if synced else 'NORMAL'}")
         db.execute("BEGIN IMMEDIATE")
         try:
             for key, text in texts.items():
