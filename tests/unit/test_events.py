@@ -84,7 +84,7 @@ async def test_an_event_that_cannot_be_written_is_lost_and_harms_nothing(monkeyp
     await fill(log, 110)
     real = store._persist
 
-    async def full(revision, texts):
+    async def full(revision, texts, synced):
         raise StoreFailed("no space left on device")
 
     store._persist = full
