@@ -124,7 +124,8 @@ sub settle {{
     card($nic, $set->[0], pack("a16 S x2 a4 x16", $nic, 2, pack("H*", $set->[1])));
   }}
   my $way = pack("x8 S x14 S x2 a4 x8 S x14 S x30 p x24", 2, 2, pack("H*", $gateway), 2, 3, $nic);
-  card($nic, 0x890b, $way) if $gateway;
+  # Another card of the same network may have made it: EEXIST.
+  !$gateway || ioctl($any, 0x890b, $way) || $! == 17 or warn "$nic: $!\n";
   if (my $off = $ipv6{{$nic}}) {{ sysseek($off, 0, 0) && syswrite($off, $_) for 1, 0 }}
   put($resolvers, "search $domain\nnameserver $resolver\n") if $resolvers;
 }}
@@ -146,7 +147,7 @@ sub reborn {{
     put($public, pack("H*", $who{{public}}));
   }}
   # From here on other programs notice, and have work to do.
-  for my $old (keys %nic_with) {{
+  for my $old (sort {{ $nic_with{{$a}} cmp $nic_with{{$b}} }} keys %nic_with) {{
     my $mac = $who{{$old}} or next;
     my $nic = $nic_with{{$old}};
     card($nic, 0x8924, pack("a16 S a22", $nic, 1, pack("H*", $mac =~ tr/://dr)));

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Annotated, Any, cast
 
@@ -18,7 +19,7 @@ from innkeeper.operations.engine import Engine
 from innkeeper.operations.network_default import ensure_default
 from innkeeper.operations.world import World
 from innkeeper.server.views import VMViews
-from innkeeper.spec.vm import VMSpec
+from innkeeper.spec.nic import NicSpec
 from innkeeper.store.contract import Value
 
 
@@ -34,9 +35,10 @@ class Context:
     def __post_init__(self) -> None:
         self.views = VMViews(self.world)
 
-    async def have_default(self, spec: VMSpec) -> None:
-        """Make the network `default` if the VM is to be in it and nobody has made it. Raises `NetworkFailed`."""
-        await ensure_default(self.world, self.engine, [nic.network for nic in spec.nics])
+    async def have_default(self, nics: Iterable[NicSpec]) -> None:
+        """Make the network `default` if one of the cards is to be in it and nobody has made it. Raises
+        `NetworkFailed`."""
+        await ensure_default(self.world, self.engine, [nic.network for nic in nics])
 
     async def machine(self, name: str, action: str) -> tuple[Value, Machine]:
         """The VM and its live machine, if its state admits `action` now. Raises `ActionRefused`, `NotFound`."""

@@ -109,14 +109,14 @@ async def _converge(ctx: Context, manifest: VMManifest | ImageManifest, change: 
     if change.action == "create":
         kind = "vm-launch" if manifest.state == "running" else "vm-create"
         target = {"kind": "vm", "id": None, "name": manifest.name}
-        await ctx.have_default(manifest.spec())
+        await ctx.have_default(manifest.spec().nics)
         return [(await ctx.engine.submit(kind, target, arguments(manifest.spec(), kind)))["id"]]
     if change.action in ("start", "stop"):
         return [(await ctx.act(manifest.name, change.action, {"force": False, "timeout": None}))["id"]]
     vm = await ctx.world.find("vm", manifest.name)
     target = {"kind": "vm", "id": vm["id"], "name": vm["name"]}
     args = {"spec": manifest.spec().model_dump(mode="json")}
-    await ctx.have_default(manifest.spec())
+    await ctx.have_default(manifest.spec().nics)
     updated = await ctx.engine.submit("vm-update", target, args, hold=f"vm/{vm['id']}")
     while not updated["ended"]:
         updated = await ctx.engine.wait(updated["id"], updated["revision"], 10)

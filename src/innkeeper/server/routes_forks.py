@@ -47,7 +47,7 @@ async def warm(ctx: Ctx, body: WarmRequest) -> Response:
     if not body.refresh and await ctx.world.store.get(f"name/image/{name}"):
         raise NameTaken(f"there is an image named {name!r} already", hint="--refresh makes it anew")
     await check(ctx.world, body.spec)
-    await ctx.have_default(body.spec)
+    await ctx.have_default(body.spec.nics)
     args = arguments(
         body.spec, "template-warm", how="warm", replace=body.refresh, until=body.until, timeout=body.timeout,
         capturable=True,

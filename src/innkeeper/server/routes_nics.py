@@ -11,6 +11,7 @@ from innkeeper.operations.world import World
 from innkeeper.plan.devices import SSH
 from innkeeper.server.context import Ctx, VMName, accepted
 from innkeeper.server.models import NicsRequest, NicView, OperationView, PortView
+from innkeeper.spec.wiring import AddNic
 from innkeeper.store.contract import Value
 
 router = APIRouter(prefix="/v1", tags=["networks"])
@@ -35,6 +36,8 @@ async def list_nics(ctx: Ctx, vm: VMName) -> Response:
 async def change_nics(ctx: Ctx, vm: VMName, body: NicsRequest) -> Response:
     found = await ctx.admitted(vm, "nics")
     vm_nics.check(found, body.change)
+    if isinstance(body.change, AddNic):
+        await ctx.have_default([body.change.nic])
     target = {"kind": "vm", "id": found["id"], "name": found["name"]}
     args = vm_nics.arguments(body.change, body.by)
     return accepted(await ctx.engine.submit("vm-nics", target, args, hold=f"vm/{found['id']}"))

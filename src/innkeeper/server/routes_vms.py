@@ -50,7 +50,7 @@ async def create_vm(ctx: Ctx, body: VMRequest) -> Response:
     kind = "vm-launch" if body.start else "vm-create"
     args = arguments(spec, kind, wait=body.wait, force=body.force, timeout=body.timeout)
     target = {"kind": "vm", "id": None, "name": body.spec.name}
-    await ctx.have_default(spec)
+    await ctx.have_default(spec.nics)
     return accepted(await ctx.engine.submit(kind, target, args))
 
 
