@@ -27,10 +27,11 @@ def ls(inn: Innkeeper, args: Namespace) -> int:
                 card["network"] or (words.get(card["mode"], card["mode"]), "dim"),
                 ", ".join(filter(None, (card["address"], card["address6"]))),
                 (card["tap"] or "", "dim"),
+                (str(card["dropped"]), "yellow") if card["dropped"] else "",
             )
             for card in cards
         ]
-        terminal.say(terminal.table(("CARD", "MAC", "MODEL", "NETWORK", "ADDRESS", "TAP"), rows))
+        terminal.say(terminal.table(("CARD", "MAC", "MODEL", "NETWORK", "ADDRESS", "TAP", "DROPPED"), rows))
     else:
         terminal.note(f"{args.vm} has no network card; plug one in: inn nic add {args.vm}")
     return 0

@@ -29,6 +29,10 @@ PROTOCOL: Expression = {"meta": {"key": "l4proto"}}
 LOOPBACK = {"prefix": {"addr": "127.0.0.0", "len": 8}}
 TARGET: Expression = {"payload": {"base": "th", "offset": 64, "len": 128}}
 """The address that a neighbour solicitation or advertisement is about (RFC 4861, 4.3 and 4.4)."""
+ETHERTYPE: Expression = {"payload": {"base": "ll", "offset": 96, "len": 16}}
+"""As it came: `ether type` is what is inside a tag that the kernel has taken off."""
+UPPER_LAYERS = {"set": [6, 17, 50, 58, 132, 136]}
+"""TCP, UDP, ESP, ICMPv6, SCTP, UDP-Lite: what may follow an IPv6 fragment header."""
 MEMBERSHIP = {"set": ["mld-listener-report", "mld2-listener-report"]}
 ON_THE_OUTSIDE = 0x10000000
 """A bit of the mark of packets from guests in bridged networks: only the bridge sees which tap they come from."""
@@ -203,10 +207,7 @@ def _own_packets(nic: Nic) -> list[list[Expression]]:
     kind = _field("icmpv6", "type")
     nobody = _match(_field("ip6", "saddr"), "::")
     return [
-        [_match(_field("ether", "saddr"), nic.mac, "!="), *drop],
-        # The kernel takes a VLAN tag off before it looks, so what is inside would pass.
-        [_match(_field("vlan", "id"), {"range": [0, 4095]}), *drop],
-        [_match(_field("udp", "sport"), {"set": [67, 547]}), *drop],
+        *_nobodys(nic, drop),
         [_match(_field("ip", "saddr"), nic.address), ACCEPT],
         [
             _match(_field("arp", "saddr ether"), nic.mac),
@@ -234,13 +235,21 @@ def _own_packets_outside(nic: Nic, drop: list[Expression]) -> list[list[Expressi
     mark: Expression = {"meta": {"key": "mark"}}
     marked: Expression = {"mangle": {"key": mark, "value": {"|": [mark, ON_THE_OUTSIDE]}}}
     return [
-        [_match(_field("ether", "saddr"), nic.mac, "!="), *drop],
-        [_match(_field("vlan", "id"), {"range": [0, 4095]}), *drop],
-        [_match(_field("udp", "sport"), {"set": [67, 547]}), *drop],
+        *_nobodys(nic, drop),
         [_match(_field("icmpv6", "type"), {"set": ["nd-router-advert", "nd-redirect"]}), *drop],
         [_match(_field("arp", "saddr ether"), nic.mac, "!="), *drop],
-        [_match(_field("ether", "type"), {"set": ["ip", "ip6", "arp"]}), marked, ACCEPT],
-        drop,
+        [marked, ACCEPT],
+    ]
+
+
+def _nobodys(nic: Nic, drop: list[Expression]) -> list[list[Expression]]:
+    """What no guest sends: from another card, another protocol, in a VLAN of any kind, as a DHCP server, or such that
+    nobody sees what it is before it is put together (RFC 7112)."""
+    return [
+        [_match(_field("ether", "saddr"), nic.mac, "!="), *drop],
+        [_match(ETHERTYPE, {"set": [0x0800, 0x0806, 0x86DD]}, "!="), *drop],
+        [_match(_field("udp", "sport"), {"set": [67, 547]}), *drop],
+        [_match({"exthdr": {"name": "frag", "field": "nexthdr"}}, UPPER_LAYERS, "!="), *drop],
     ]
 
 

@@ -173,7 +173,8 @@ class CheckView(Open):
 
 
 class NicView(Open):
-    """`index`: its number, which it keeps. The addresses and the tap are those of a card in a network."""
+    """`index`: its number, which it keeps. The addresses and the tap are those of a card in a network; `dropped`:
+    packets that it sent as somebody else, or as only a router may, since its rules were made."""
 
     index: int
     mode: Literal["user", "network", "none"]
@@ -183,6 +184,7 @@ class NicView(Open):
     address: str | None
     address6: str | None
     tap: str | None
+    dropped: int | None
 
 
 class PortView(Open):

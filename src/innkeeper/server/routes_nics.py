@@ -21,12 +21,14 @@ router = APIRouter(prefix="/v1", tags=["networks"])
 async def list_nics(ctx: Ctx, vm: VMName) -> Response:
     found = await ctx.world.find("vm", vm)
     plugged = {nic.index: nic for nic in await nics(ctx.world, found)}
+    dropped = await ctx.world.fabric.dropped() if plugged else {}
     views = []
     for index, (nic, mac) in enumerate(zip(found["spec"]["nics"], found["identity"]["macs"], strict=True)):
         if nic["mode"] != "absent":
             view = {"index": index, "mac": mac} | {key: nic[key] for key in ("mode", "network", "model")}
             at = plugged.get(index)
-            views.append(view | {key: getattr(at, key, None) for key in ("address", "address6", "tap")})
+            view |= {key: getattr(at, key, None) for key in ("address", "address6", "tap")}
+            views.append(view | {"dropped": dropped.get(at.tap) if at else None})
     return JSONResponse(views)
 
 
