@@ -69,6 +69,11 @@ def sh(daemon, vm, command):
     return done.status, done.stdout.decode()
 
 
+def cards(vm):
+    """Its cards, without what changes by itself."""
+    return [{key: value for key, value in card.items() if key != "dropped"} for card in vm.nics]
+
+
 def get(where, address):
     """The page at an address, as it is seen from a namespace; None where there is none."""
     inside = ["nsenter", f"--net=/run/netns/{where}", sys.executable, "-c", GET.format(address)]
@@ -132,33 +137,51 @@ def test_a_port_of_qemus_own_nat_comes_and_goes_likewise(lab, outside):
 
 def test_a_card_comes_and_goes_while_the_guest_runs_and_the_others_stay(lab, outside):
     web = lab.inn.vm("web")
-    (first,) = web.nics
+    (first,) = cards(web)
     with pytest.raises(ApiError, match="no network 'nowhere'"):
         web.nic_add(network="nowhere").wait()
     web.nic_add(network="vault").wait()
-    web.nic_add(network="lab", mac="52:54:00:aa:bb:cc").wait()
-    assert web.nics[0] == first and [card["index"] for card in web.nics] == [0, 1, 2]
+    web.nic_add(network="lab", mac="52:54:00:aa:bb:cc", address="10.77.0.77").wait()
+    assert web.nics[2]["address"] == "10.77.0.77"
+    assert cards(web)[0] == first and [card["index"] for card in web.nics] == [0, 1, 2]
     for card in web.nics[1:]:
         assert eventually(lambda mac=card["mac"]: mac in sh(lab, "web", "cat /sys/class/net/*/address")[1])
-    third = web.nics[2]
+    third = cards(web)[2]
     name = sh(lab, "web", "cd /sys/class/net; grep -l 52:54:00:aa:bb:cc */address")[1].partition("/")[0]
     said = sh(lab, "web", f"ip link set {name} up && udhcpc -n -q -f -i {name} 2>&1")[1]
     assert f"lease of {third['address']} obtained" in said
     with pytest.raises(ApiError, match="network vault is internal"):
         web.publish("8082:80", nic=1).wait()
     web.nic_remove(1).wait()
-    assert [card["index"] for card in web.nics] == [0, 2] and web.nics[1] == third
+    assert [card["index"] for card in web.nics] == [0, 2] and cards(web)[1] == third
     lab.kill()
     lab.start()
-    assert web.nics == [first, third]
+    assert cards(web) == [first, third]
     web.restart(force=True)
     ready(web)
-    assert web.nics == [first, third]
+    assert cards(web) == [first, third]
     found = sh(lab, "web", "cat /sys/class/net/*/address")[1]
     assert first["mac"] in found and third["mac"] in found
     web.nic_remove(2).wait()
     assert third["mac"] not in sh(lab, "web", "cat /sys/class/net/*/address")[1]
-    assert web.nics == [first]
+    assert cards(web) == [first]
     assert json.loads(run(lab.namespace, "ip", "-j", "link", "show", "type", "tun"))[0]["ifname"] == first["tap"]
     with pytest.raises(ApiError, match="web has no card 2"):
         web.nic_remove(2)
+
+
+def test_an_address_belongs_to_one_card(lab):
+    (first,) = lab.inn.vm("web").nics
+    home = lab.inn.vm("home")
+    for wish, words in (
+        ({"address": first["address"]}, "is the address of web"),
+        ({"mac": first["mac"]}, "is the MAC address of web"),
+        ({"address": "10.77.0.1"}, "no address for a card in network lab"),
+        ({"address": "10.78.0.5"}, "no address for a card in network lab"),
+    ):
+        with pytest.raises(ApiError, match=words):
+            home.nic_add(network="lab", **wish).wait()
+    with pytest.raises(ApiError, match="is the MAC address of web"):
+        lab.inn.vm("web").clone("twin", keep_identity=True).wait()
+    assert [card["index"] for card in home.nics] == [0]
+    assert {vm["name"] for vm in lab.inn.vms()} == {"web", "home"}

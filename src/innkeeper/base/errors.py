@@ -130,6 +130,12 @@ class PortTaken(InnkeeperError):
     status = 409
 
 
+class AddressTaken(InnkeeperError):
+    """A card has this MAC or IP address in the network already; the detail says whose."""
+
+    status = 409
+
+
 class NotEnoughMemory(InnkeeperError):
     """The host has not enough memory for this guest."""
 

@@ -30,6 +30,7 @@ SSH_KEY = A(
     {"metavar": "FILE", "action": "append"},
     "file",
 )
+ADDRESS = A(("--address",), "its IPv4 address in the network; a free one by default", {"metavar": "ADDRESS"})
 NETWORK = A(("--network",), "network to join, made with inn network create", {"metavar": "NETWORK"}, "network")
 USER_DATA = A(("--user-data",), "cloud-init user-data; - is stdin", {"metavar": "FILE"}, "file")
 

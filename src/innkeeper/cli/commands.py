@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from innkeeper.cli.arguments import (
+    ADDRESS,
     AS_FILES,
     CPUS,
     DISK,
@@ -60,6 +61,7 @@ COMMANDS: tuple[C, ...] = (
                 {"metavar": "PORTS", "action": "append", "type": ports},
             ),
             NETWORK,
+            ADDRESS,
             A(("--nic",), "user: NAT (default); none: cable not plugged in", {"choices": ("user", "none")}),
             A(
                 ("--env", "-e"),

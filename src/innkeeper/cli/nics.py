@@ -42,7 +42,10 @@ def add(inn: Innkeeper, args: Namespace) -> int:
         raise usage_error(args, "--network and --mode are two ways of saying where the card is plugged in: drop one")
     vm = inn.vm(args.vm)
     before = {card["index"] for card in vm.nics}
-    operation = vm.nic_add(network=args.network, mode=args.mode or "user", model=args.model, mac=args.mac)
+    if args.address and not args.network:
+        raise usage_error(args, "--address is in a network: add --network")
+    more = {"model": args.model, "mac": args.mac, "address": args.address}
+    operation = vm.nic_add(network=args.network, mode=args.mode or "user", **more)
     return conclude(args, operation, lambda done: _added(inn, done, before))
 
 

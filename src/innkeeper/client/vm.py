@@ -136,10 +136,18 @@ class VM:
         return self._rewire({"do": "unpublish", "host": port, "protocol": protocol})
 
     def nic_add(
-        self, *, network: str | None = None, mode: str = "user", model: str = "virtio", mac: str | None = None
+        self,
+        *,
+        network: str | None = None,
+        mode: str = "user",
+        model: str = "virtio",
+        mac: str | None = None,
+        address: str | None = None,
     ) -> Operation:
-        """Plug in one more card, at once if it runs: into a network, or with QEMU's own NAT."""
+        """Plug in one more card, at once if it runs: into a network, or with QEMU's own NAT. `address`: in the
+        network, IPv4."""
         nic = {"mode": "network" if network else mode, "network": network, "model": model, "mac": mac}
+        nic["address"] = address
         return self._rewire({"do": "add", "nic": nic})
 
     def nic_remove(self, index: int) -> Operation:

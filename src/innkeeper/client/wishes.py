@@ -42,6 +42,7 @@ def vm_spec(
     publish: Iterable[str] = (),
     nic: str | None = None,
     network: str | None = None,
+    address: str | None = None,
     user: str | None = None,
     ssh_keys: Iterable[str] = (),
     user_data: str | None = None,
@@ -69,6 +70,8 @@ def vm_spec(
         raise InvalidInput(f"a card cannot be in network {network} and of mode {nic}", hint="drop one of the two")
     if network:
         card["network"] = network
+    if address:
+        card["address"] = address
     if nic == "none" and forwards:
         raise InvalidInput("ports cannot be published without a network card's cable", hint="drop `nic=none`")
     wish: dict[str, Any] = {

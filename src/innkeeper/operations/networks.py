@@ -7,13 +7,23 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from time import monotonic
 
-from innkeeper.base.errors import ActionRefused, InnkeeperError, InvalidInput
+from innkeeper.base.errors import ActionRefused, AddressTaken, InnkeeperError, InvalidInput
 from innkeeper.operations.world import World
-from innkeeper.plan.network import TAP, Network, Nic, free_address, network_of, nics_of, place_of, tap_name
+from innkeeper.plan.network import (
+    TAP,
+    Network,
+    Nic,
+    check_address,
+    free_address,
+    network_of,
+    nics_of,
+    place_of,
+    tap_name,
+)
 from innkeeper.plan.options import Tap
 from innkeeper.plan.rebirth import Place
 from innkeeper.spec.vm import VMSpec
@@ -73,7 +83,7 @@ async def cards(world: World, prefix: str = "address/") -> list[Value]:
 
 async def claim_addresses(world: World, spec: VMSpec, owner: Value) -> dict[str, Value]:
     """The address documents that a VM with this spec needs; those that it has already stay. Raises `NotFound`,
-    `Unsupported` where a network is full."""
+    `InvalidInput`, `AddressTaken`, `Unsupported` where a network is full."""
     claims: dict[str, Value] = {}
     for index, nic in enumerate(spec.nics):
         if nic.network is None:
@@ -89,11 +99,36 @@ async def claim_addresses(world: World, spec: VMSpec, owner: Value) -> dict[str,
         held = {found.key.removeprefix(prefix): found.value for found in await world.store.list(prefix)}
         mine = next((at for at, who in held.items() if (who["id"], who["nic"]) == (owner["id"], index)), None)
         taken = held.keys() | {key.removeprefix(prefix) for key in claims}
+        if nic.mac:
+            await _check_mac(world, network, nic.mac, held, owner)
+        if nic.address:
+            check_address(network, nic.address)
+            if nic.address in taken and nic.address != mine:
+                holder = held.get(nic.address, owner)["name"]
+                raise AddressTaken(
+                    f"{nic.address} in network {network.name} is the address of {holder}",
+                    hint=f"choose another, or leave it out; inn network info {network.name}", holder=holder,
+                )  # fmt: skip
         if network.subnet:
-            claims[prefix + (mine or free_address(network, taken))] = owner | {"nic": index}
+            claims[prefix + (nic.address or mine or free_address(network, taken))] = owner | {"nic": index}
         else:  # its address is the outer network's to say: this only says who is in it
             claims[prefix + tap_name(owner["id"], index)] = owner | {"nic": index}
     return claims
+
+
+async def _check_mac(world: World, network: Network, mac: str, held: Mapping[str, Value], owner: Value) -> None:
+    """Nobody else has it in the network."""
+    cards: dict[str, set[int]] = {}
+    for who in held.values():
+        cards.setdefault(who["id"], set()).add(who["nic"])
+    cards.pop(owner["id"], None)
+    for vm in [vm for vm in await world.vms() if vm["id"] in cards]:
+        macs = vm["identity"]["macs"]
+        if any(index < len(macs) and macs[index] == mac for index in cards[vm["id"]]):
+            raise AddressTaken(
+                f"{mac} in network {network.name} is the MAC address of {vm['name']}",
+                hint="leave it out: one is made from the VM's id", holder=vm["name"],
+            )  # fmt: skip
 
 
 async def claim_checks(world: World, claims: Iterable[str]) -> dict[str, int]:

@@ -23,7 +23,7 @@ async def write(ctx: Context) -> None:
     old = ctx.data["old"]["spec"] if "old" in ctx.data else vm["spec"]
     if vm["state"] in LIVE and _networks(public_spec(spec)) != _networks(old):
         raise ActionRefused(
-            f"{vm['name']} is {vm['state']}, so its cards stay in their networks",
+            f"{vm['name']} is {vm['state']}, so its cards stay in their networks, with their addresses",
             hint=f"inn nic add and rm change that while it runs; or inn stop {vm['name']} first",
         )
     cards = vm["identity"].get("cards")
@@ -33,8 +33,8 @@ async def write(ctx: Context) -> None:
     await follow(ctx.world, vm["id"])
 
 
-def _networks(spec: Value) -> list[str | None]:
-    return [nic.get("network") for nic in spec["nics"]]
+def _networks(spec: Value) -> list[tuple[str | None, str | None]]:
+    return [(nic.get("network"), nic.get("address")) for nic in spec["nics"]]
 
 
 async def rewrite(ctx: Context, spec: VMSpec, identity: Value, *, pending: bool) -> None:

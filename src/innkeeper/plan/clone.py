@@ -20,7 +20,7 @@ def clone_spec(vm: Mapping[str, Any], name: str, *, keep_identity: bool, network
     would boot from it, too; its first card in another `network`, if that is named."""
     macs = vm["identity"]["macs"] if keep_identity else [None] * len(vm["spec"]["nics"])
     cards = plugged_into(vm["spec"]["nics"], network)
-    nics = [nic | {"publish": [], "mac": mac} for nic, mac in zip(cards, macs, strict=True)]
+    nics = [nic | {"publish": [], "address": None, "mac": mac} for nic, mac in zip(cards, macs, strict=True)]
     return VMSpec.model_validate(
         vm["spec"] | {"name": name, "nics": nics, "iso": vm["spec"]["iso"] if vm["disc"] else None}
     )

@@ -168,6 +168,18 @@ def free_address(network: Network, taken: Collection[str]) -> str:
     )  # fmt: skip
 
 
+def check_address(network: Network, address: str) -> None:
+    """Raise `InvalidInput` for one that no card of the network can have."""
+    if network.subnet is None:
+        raise InvalidInput(f"addresses in {network.name} are the outer network's to give", field="address")
+    wanted, others = ipaddress.IPv4Address(address), (network.subnet[0], network.subnet[1], network.subnet[-1])
+    if wanted not in network.subnet or wanted in others:
+        raise InvalidInput(
+            f"{address} is no address for a card in network {network.name}",
+            hint=f"choose one from {network.subnet[2]} to {network.subnet[-2]}, or leave it out", field="address",
+        )  # fmt: skip
+
+
 def free_subnet(taken: Iterable[Subnet]) -> Subnet:
     """The first of `SUBNETS` that overlaps none. Raises `Unsupported`."""
     others = list(taken)

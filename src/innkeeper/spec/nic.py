@@ -43,6 +43,9 @@ class NicSpec(Model):
     network: Name | None = Field(default=None, description="The network that it is plugged into")
     model: Literal["virtio", "e1000e"] = "virtio"
     mac: str | None = Field(default=None, description="Made from the VM's id when absent")
+    address: str | None = Field(
+        default=None, description="Its IPv4 address in the network, for good; one that is free when absent"
+    )
     publish: tuple[PortForward, ...] = ()
 
     @model_validator(mode="after")
@@ -51,9 +54,19 @@ class NicSpec(Model):
             raise ValueError(
                 f"mode {self.mode!r} and network {self.network!r} do not fit: mode network names its network"
             )
+        if self.address and self.mode != "network":
+            raise ValueError(f"a card of mode {self.mode!r} gets no address from Innkeeper")
         if self.publish and self.mode not in ("user", "network"):
             raise ValueError(f"a port cannot be published on a card of mode {self.mode!r}")
         return self
+
+    @field_validator("address")
+    @classmethod
+    def _an_ipv4_address(cls, value: str | None) -> str | None:
+        try:
+            return value and str(ipaddress.IPv4Address(value))
+        except ValueError:
+            raise ValueError(f"{value!r} is not an IPv4 address like 10.77.0.10") from None
 
     @field_validator("mac")
     @classmethod
