@@ -27,20 +27,28 @@ class Forked:
     def __init__(self, pid: int) -> None:
         self.pid = pid
         self._pidfd = os.pidfd_open(pid)
+        self._over = False
 
     def poll(self) -> int | None:
         """None while it lives."""
-        return 0 if select.select([self._pidfd], [], [], 0)[0] else None
+        return 0 if self._ended(0) else None
+
+    def _ended(self, seconds: float) -> bool:
+        if not self._over and select.select([self._pidfd], [], [], seconds)[0]:
+            self._over = True
+            os.close(self._pidfd)  # a thousand of them are more than select takes
+        return self._over
 
     def send_signal(self, number: int) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            signal.pidfd_send_signal(self._pidfd, number)
+        if not self._over:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._pidfd, number)
 
     def kill(self) -> None:
         self.send_signal(signal.SIGKILL)
 
     def wait(self, timeout: float = 30) -> int:
-        if not select.select([self._pidfd], [], [], timeout)[0]:
+        if not self._ended(timeout):
             raise subprocess.TimeoutExpired("innkeeperd", timeout)
         # The server's child is gone from /proc a moment after it is dead.
         while Path(f"/proc/{self.pid}").exists():

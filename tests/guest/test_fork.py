@@ -47,6 +47,7 @@ def test_forks_go_on_and_are_machines_of_their_own(warm):
     forks = [warm.inn.vm(name) for name in names]
     try:
         assert [sh(vm, "cat /tmp/warmed") for vm in forks] == ["before"] * 4
+        assert warm.inn.image("tiny-warm")["warm"]["waits"]
         for what, script in IDENTITY.items():
             assert len({sh(vm, script) for vm in forks}) == 4, what
         assert [sh(vm, IDENTITY["hostname"]) for vm in forks] == names

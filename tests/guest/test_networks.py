@@ -146,6 +146,7 @@ def test_what_somebody_takes_away_is_put_back(lab, host, harm, word):
 def test_forks_and_clones_come_into_a_network_with_addresses_of_their_own(lab):
     spec = vm_spec("warming", "tiny", memory="256M", disk="8M", cpus=1)
     lab.inn.warm("tiny", spec).wait()
+    assert lab.inn.image("tiny-warm")["warm"]["waits"]
     for operation in lab.inn.forks("tiny", ["one", "two"], network="lab"):
         operation.wait()
     lab.inn.fork("one", name="one-more")  # of a VM that is in the network

@@ -122,6 +122,9 @@ def forged(me, victim, gateway, mark):
         hidden = f"{kind}-in-fragments"
         first = struct.pack("!BBHI", OPTIONS, 0, 1, 7) + bytes([ICMPV6]) + NOTHING + b""
         say(hidden, ether(ALL_NODES, mac, IPV6, ipv6(local, "ff02::1", first + mark(hidden), FRAGMENT)))
+    # the address that it is about would be in the next fragment (RFC 6980)
+    first = struct.pack("!BBHI", ICMPV6, 0, 1, 9) + bytes([136, 0, 0, 0, 0x20, 0, 0, 0]) + mark("na")
+    say("na", ether(ALL_NODES, mac, IPV6, ipv6(local, "ff02::1", first, FRAGMENT)))
     say("dhcp", ether(BROADCAST, mac, IPV4, ipv4(mine, "255.255.255.255", udp(67, 68, b"\2\1\6" + mark("dhcp")))))
     say("dhcpv6", ether(ALL_NODES, mac, IPV6, ipv6(local, "ff02::1", udp(547, 546, b"\7" + mark("dhcpv6")), UDP)))
     for what, tag in (("vlan", VLAN), ("service-vlan", STAG)):

@@ -247,7 +247,7 @@ def test_the_host_of_a_real_daemon(daemon):
     assert inn.version()["home"] == str(daemon.home.data)
     facts = inn.host()
     assert facts["accelerator"]["name"] in ("kvm", "tcg") and facts["capacity"]["pool_total"] > 0
-    assert [image["name"] for image in inn.images()] == ["tiny"]
+    assert "tiny" in [image["name"] for image in inn.images()]
     assert inn.image("tiny")["users"] == []
     assert "tiny" in [recipe["name"] for recipe in inn.recipes()]
     assert isinstance(list(inn.events()), list)

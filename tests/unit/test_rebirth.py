@@ -56,12 +56,12 @@ def test_words_are_pairs_without_blanks():
 @pytest.mark.parametrize(("gateway", "way"), [("10.77.0.1", "0a4d0001"), (None, "")])
 def test_a_place_in_a_network_is_told_in_a_form_that_needs_no_parser(gateway, way):
     told = words(replace(WHO, places={MACS[0][0]: place(gateway)}))
-    assert f"{MACS[0][0]},place 0a4d0005,ffffff00,{way},10.77.0.1,inn\n" in told
+    assert f"{MACS[0][0]},place 0a4d0005,ffffff00,{way},10.77.0.1,inn,1400\n" in told
 
 
 def place(gateway: str | None) -> Place:
     way = IPv4Address(gateway) if gateway else None
-    return Place(IPv4Interface("10.77.0.5/24"), way, IPv4Address("10.77.0.1"), "inn")
+    return Place(IPv4Interface("10.77.0.5/24"), way, IPv4Address("10.77.0.1"), "inn", 1400)
 
 
 def test_an_answer_is_understood():

@@ -153,7 +153,7 @@ def place_of(network: Network, nic: Nic) -> Place:
     assert network.subnet and network.gateway
     address = ipaddress.IPv4Interface(f"{nic.address}/{network.subnet.prefixlen}")
     gateway = ipaddress.IPv4Address(network.gateway)
-    return Place(address, gateway if network.mode == "nat" else None, gateway, network.domain)
+    return Place(address, gateway if network.mode == "nat" else None, gateway, network.domain, network.mtu)
 
 
 def free_address(network: Network, taken: Collection[str]) -> str:

@@ -39,6 +39,7 @@ class Place:
     gateway: IPv4Address | None
     resolver: IPv4Address
     domain: str
+    mtu: int | None = None
 
 
 @dataclass(frozen=True)
@@ -67,10 +68,8 @@ sync
 """Before the capture: of the host keys only the one stays that each fork gets its own of. Where systemd can listen for
 sshd, it starts one when somebody comes, with the keys of then; else the one that runs has to read them again."""
 
-CONFIGURATIONS = (
-    "/etc/systemd/network/*.network /etc/netplan/*.yaml /etc/network/interfaces /etc/network/interfaces.d/*"
-)
-"""What may tell a card by its MAC address, as cloud-init writes it."""
+CONFIGURATIONS = ("/etc/systemd/network", "/etc/netplan", "/etc/network", "/etc/network/interfaces.d")
+"""Folders of files that may tell a card by its MAC address, as cloud-init writes them."""
 
 _PERL = rf"""
 # Whatever can be done before the capture is done before: each fork pays for the rest.
@@ -93,6 +92,11 @@ sub put {{
   my ($to, $text) = @_;
   truncate($to, 0) && syswrite($to, $text) or warn "a file: $!\n";
 }}
+sub files {{
+  my ($folder) = @_;
+  opendir(my $all, $folder) or return;
+  grep {{ -f }} map {{ "$folder/$_" }} readdir $all;
+}}
 my $pool = ready("/dev/urandom", "+<");
 my $now_called = ready("/proc/sys/kernel/hostname", "+<");
 my $called = ready("/etc/hostname", "+>>");
@@ -111,13 +115,14 @@ my %ipv6 = map {{ get(sprintf $switch, $_) =~ /^0/ ? ($_ => ready(sprintf($switc
 my @naming = map {{
   my ($file, $text) = ($_, get($_));
   (grep {{ index($text, $_) >= 0 }} keys %nic_with) ? [ready($file, "+>>"), $text] : ();
-}} glob("{CONFIGURATIONS}");
+}} map {{ files($_) }} qw({" ".join(CONFIGURATIONS)});
 sub card {{
   my ($nic, $what, $request) = @_;
   ioctl($any, $what, $request) or warn "$nic: $!\n";
 }}
 sub settle {{
-  my ($nic, $address, $mask, $gateway, $resolver, $domain) = @_;
+  my ($nic, $address, $mask, $gateway, $resolver, $domain, $mtu) = @_;
+  card($nic, 0x8922, pack("a16 i x20", $nic, $mtu)) if $mtu;
   my $default = pack("x8 S x14 S x14 S x14 S x30 p x24", 2, 2, 2, 1, $nic);
   1 while ioctl($any, 0x890c, $default);
   for my $set ([0x8916, $address], [0x891c, $mask]) {{
@@ -213,7 +218,9 @@ def words(who: Rebirth) -> str:
 
 def _told(place: Place) -> str:
     numbers = (place.address, place.address.netmask, place.gateway)
-    return ",".join([*(n.packed.hex() if n else "" for n in numbers), str(place.resolver), place.domain])
+    return ",".join(
+        [*(n.packed.hex() if n else "" for n in numbers), str(place.resolver), place.domain, str(place.mtu or "")]
+    )
 
 
 def _line(text: str) -> bytes:
@@ -263,10 +270,11 @@ for nic in /sys/class/net/*; do
   [ -n "$new" ] || continue
   nic=${{nic##*/}}
   ip link set dev "$nic" address "$new"
-  for file in {CONFIGURATIONS}; do
+  for file in {" ".join(f"{folder}/*" for folder in CONFIGURATIONS)}; do
     if [ -f "$file" ] && grep -q "$mac" "$file"; then sed -i "s/$mac/$new/g" "$file"; fi
   done
   [ -n "$at" ] || continue
+  [ -z "$mtu" ] || ip link set dev "$nic" mtu "$mtu"
   ip -4 route flush dev "$nic"
   ip -4 addr flush dev "$nic"
   ip addr add "$at" brd + dev "$nic"
@@ -292,7 +300,7 @@ def _shell_words(place: Place | None) -> str:
     if place is None:
         return "at="
     way = f"at={place.address} gateway={place.gateway or ''}"
-    return f"{way} resolver={place.resolver} domain={shlex.quote(place.domain)}"
+    return f"{way} resolver={place.resolver} domain={shlex.quote(place.domain)} mtu={place.mtu or ''}"
 
 
 def understood(answer: str) -> tuple[list[str], list[str]]:

@@ -31,6 +31,10 @@ TARGET: Expression = {"payload": {"base": "th", "offset": 64, "len": 128}}
 """The address that a neighbour solicitation or advertisement is about (RFC 4861, 4.3 and 4.4)."""
 ETHERTYPE: Expression = {"payload": {"base": "ll", "offset": 96, "len": 16}}
 """As it came: `ether type` is what is inside a tag that the kernel has taken off."""
+BEHIND_FRAGMENT: Expression = {"exthdr": {"name": "frag", "field": "nexthdr"}}
+DISCOVERY = {
+    "set": ["nd-router-solicit", "nd-router-advert", "nd-neighbor-solicit", "nd-neighbor-advert", "nd-redirect"]
+}
 UPPER_LAYERS = {"set": [6, 17, 50, 58, 132, 136]}
 """TCP, UDP, ESP, ICMPv6, SCTP, UDP-Lite: what may follow an IPv6 fragment header."""
 MEMBERSHIP = {"set": ["mld-listener-report", "mld2-listener-report"]}
@@ -244,12 +248,13 @@ def _own_packets_outside(nic: Nic, drop: list[Expression]) -> list[list[Expressi
 
 def _nobodys(nic: Nic, drop: list[Expression]) -> list[list[Expression]]:
     """What no guest sends: from another card, another protocol, in a VLAN of any kind, as a DHCP server, or such that
-    nobody sees what it is before it is put together (RFC 7112)."""
+    nobody sees what it is before it is put together (RFC 7112, 6980)."""
     return [
         [_match(_field("ether", "saddr"), nic.mac, "!="), *drop],
         [_match(ETHERTYPE, {"set": [0x0800, 0x0806, 0x86DD]}, "!="), *drop],
         [_match(_field("udp", "sport"), {"set": [67, 547]}), *drop],
-        [_match({"exthdr": {"name": "frag", "field": "nexthdr"}}, UPPER_LAYERS, "!="), *drop],
+        [_match(BEHIND_FRAGMENT, UPPER_LAYERS, "!="), *drop],
+        [_match(BEHIND_FRAGMENT, 58), _match(_field("icmpv6", "type"), DISCOVERY), *drop],
     ]
 
 
