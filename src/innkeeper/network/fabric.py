@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -20,8 +20,8 @@ from innkeeper.network.listener import Answer, Listener
 from innkeeper.network.resolver import Resolver
 from innkeeper.network.traffic import Traffic
 from innkeeper.network.watch import Watch
-from innkeeper.plan import ruleset
-from innkeeper.plan.filter import Attempt, groups, groups_changed, reason
+from innkeeper.plan import filter, ruleset
+from innkeeper.plan.filter import Attempt, reason, with_addresses
 from innkeeper.plan.network import Network, Nic, Subnet
 from innkeeper.plan.nft import Command
 
@@ -36,8 +36,9 @@ class Fabric:
         self._folder, self._home = folder, home
         self._networks: dict[str, Network] = {}
         self._nics: dict[str, tuple[Nic, ...]] = {}
-        self._groups: dict[str, frozenset[str]] = {}
-        """Whom rules name, as the firewall has them."""
+        self._ruled: dict[str, tuple[Nic, ...]] = {}
+        self._tagged: dict[str, frozenset[str]] = {}
+        """What the firewall has: the same, their rules with addresses instead of VMs, and who has the tags in them."""
         self._resolvers: dict[str, Resolver] = {}
         self._lock = asyncio.Lock()
         self._owner: socket.socket | None = None
@@ -61,7 +62,8 @@ class Fabric:
             for stray in set(await links.bridges()) - names:
                 await links.remove_bridge(stray)
             await firewall.sweep()
-            self._groups = groups(self._all_nics())
+            self._ruled, self._tagged = {}, {}
+            self._judge(self._nics)
             await firewall.apply(self._rules())
             await self._everything()
 
@@ -105,9 +107,7 @@ class Fabric:
             self._nics[vm] = nics
             if not nics:
                 del self._nics[vm]
-            old, self._groups = self._groups, groups(self._all_nics())
-            first, last = groups_changed(old, self._groups)
-            await self._apply([*first, *_difference(before, nics), *last])
+            await self._apply(self._judge([vm]))
             for network in {told.network for told in _told(before) ^ _told(nics)}:
                 if known := self._networks.get(network):
                     await self._resolver(known).ensure(self._of(network))
@@ -179,9 +179,10 @@ class Fabric:
         names = {address: nic.name for nic in self._all_nics() for address in nic.addresses}
         names |= {str(own): "host" for each in self._networks.values() for own in (each.gateway, each.gateway6) if own}
         found = []
-        for nic in self._nics.get(vm, ()):
-            for attempt in await firewall.attempts(nic.tap) if nic.filter else ():
-                why = reason(nic.filter, self._groups, attempt) if nic.filter else None
+        attempts = await firewall.attempts()
+        for nic in self._ruled.get(vm, ()):
+            for attempt in attempts.get(nic.tap, ()):
+                why = reason(nic.filter, self._tagged, attempt) if nic.filter else None
                 found.append((nic, attempt, why, names.get(attempt.peer)))
         return sorted(found, key=lambda each: each[1].seconds)
 
@@ -243,7 +244,29 @@ class Fabric:
             await firewall.apply(self._rules())
 
     def _rules(self) -> list[Command]:
-        return ruleset.everything(self._networks.values(), self._all_nics())
+        return ruleset.everything(self._networks.values(), [nic for cards in self._ruled.values() for nic in cards])
+
+    def _judge(self, vms: Collection[str]) -> list[Command]:
+        """From what the firewall has of these VMs to what it should have; and of those whose rules name one of them,
+        where its addresses are other ones."""
+        cards = [nic for vm in vms for nic in (*self._ruled.get(vm, ()), *self._nics.get(vm, ()))]
+        moved = {f"vm:{nic.name}" for nic in cards}
+        touched = {vm for vm, nics in self._nics.items() if any(nic.filter and nic.filter.vms & moved for nic in nics)}
+        judged = [nic.filter for vm in touched.union(vms) for nic in self._nics.get(vm, ()) if nic.filter]
+        wanted = frozenset[str]().union(*(each.vms for each in judged))
+        who: dict[str, frozenset[str]] = {}
+        for nic in self._all_nics():
+            if (name := f"vm:{nic.name}") in wanted:
+                who[name] = who.get(name, frozenset()) | frozenset(nic.addresses)
+        tagged, self._tagged = self._tagged, filter.tagged(self._all_nics())
+        first, last = filter.tags_changed(tagged, self._tagged)
+        for vm in touched.union(vms):
+            before, now = self._ruled.get(vm, ()), tuple(with_addresses(nic, who) for nic in self._nics.get(vm, ()))
+            first += _difference(before, now) if before != now else []
+            self._ruled[vm] = now
+            if not now:
+                del self._ruled[vm]
+        return [*first, *last]
 
     def _all_nics(self) -> list[Nic]:
         return [nic for cards in self._nics.values() for nic in cards]

@@ -12,7 +12,7 @@ from contextlib import asynccontextmanager
 from innkeeper.base.child import start_child
 from innkeeper.base.errors import NetworkFailed, ToolMissing
 from innkeeper.host.gather import find_tool
-from innkeeper.plan import filter
+from innkeeper.plan import filter, sender
 from innkeeper.plan.filter import BOTH, DENIALS
 from innkeeper.plan.nft import NAME, Command
 from innkeeper.plan.ruleset import TABLES, counts, objects
@@ -37,9 +37,8 @@ async def is_whole(commands: Sequence[Command]) -> bool:
 
 
 async def dropped() -> dict[str, int]:
-    """Packets of each NIC, by its tap, that it had no right to send."""
-    found = [command["counter"] for command in await _listed() if "counter" in command]
-    return {counter["name"]: int(counter["packets"]) for counter in found}
+    """Packets of each NIC, by its tap, that it had no right to send, within a day."""
+    return sender.refused(await _list("set", sender.REFUSED))
 
 
 async def counted(tap: str) -> dict[str, tuple[int, int]]:
@@ -50,12 +49,9 @@ async def counted(tap: str) -> dict[str, tuple[int, int]]:
     return filter.counted(found)
 
 
-async def attempts(tap: str) -> list[filter.Attempt]:
-    """What a card's rules have denied, the latest first."""
-    found: list[Command] = []
-    for end in DENIALS:
-        found += await _list("set", tap + end)
-    return filter.attempts(found)
+async def attempts() -> dict[str, list[filter.Attempt]]:
+    """What rules have denied, by tap, the latest first."""
+    return filter.attempts([command for name in DENIALS for command in await _list("set", name)])
 
 
 async def _list(kind: str, name: str) -> list[Command]:

@@ -1,10 +1,13 @@
 """What a VM's rules let in and out of a card in a network, as nftables' JSON.
 
 Between guests of one network packets pass a bridge, where many kernels track no connections. So what answers is told
-by itself there: TCP by its flags, ICMP by its kind, UDP by a set of who has been spoken to, which each card has for
-itself. Judged is only what opens something. All of it is in chains of that card in the bridge's table, which nobody
-else's packets pass. Where a rule opens what the network's mode keeps shut (a nat network's guest for those elsewhere,
-the host for a guest), the routed packets meet the same rule a second time, in the table `inet`.
+by itself there: TCP by its flags, ICMP by its kind, UDP by a set of who has been spoken to. Judged is only what opens
+something. The rules are in chains of their card in the bridge's table, which nobody else's packets pass. Where a rule
+opens what the network's mode keeps shut (a nat network's guest for those elsewhere, the host for a guest), the routed
+packets meet it a second time, in the table `inet`.
+
+A change of one card's rules must not cost more where there are many: nft reads all chains and sets of a table before it
+changes anything, and the kernel finds a set by walking them. So a card has as few chains as it can, and no sets.
 """
 
 from __future__ import annotations
@@ -12,7 +15,8 @@ from __future__ import annotations
 import hashlib
 import ipaddress
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 from innkeeper.plan.nft import (
@@ -20,6 +24,8 @@ from innkeeper.plan.nft import (
     COUNTER,
     DROP,
     ETHERTYPE,
+    IIF,
+    OIF,
     PROTOCOL,
     B,
     Command,
@@ -41,22 +47,21 @@ if TYPE_CHECKING:
 Prefix = ipaddress.IPv4Network | ipaddress.IPv6Network
 Version = Literal[4, 6]
 LOCAL = ipaddress.IPv6Network("fe80::/64")
-YES, NO = "-yes", "-no"
-FROM_ELSEWHERE, TO_HOST = "-from", "-host"
-"""What the names of a card's chains end with: `-in`, `-in-yes`, `-in-no`, the same for `-out`; and in `inet` these."""
-SPOKEN, DENIED = "-spoken", "-denied"
-"""Of its sets, before the IP version: UDP peers of late, and what was denied, by direction."""
+IN, OUT, FROM_ELSEWHERE, TO_HOST = "-in", "-out", "-from", "-host"
+"""What the names of a card's chains end with; the last two are in `inet`."""
 BOTH: tuple[Direction, ...] = ("in", "out")
-DENIALS = tuple(f"-{direction}{DENIED}{version}" for direction in BOTH for version in (4, 6))
-OF_PACKETS = (f"{SPOKEN}4", f"{SPOKEN}6", *DENIALS)
-"""All of them: their elements come and go with the guest's packets."""
 IPS = (("ip", 4), ("ip6", 6))
-SPOKEN_FOR, MOST_SPOKEN = 180, 4096
-"""Seconds for which silence may last between two who speak UDP, as conntrack has it; peers of one card at a time."""
-DENIED_FOR, MOST_DENIED = 24 * 3600, 512
-"""Seconds for which a denied attempt is remembered; different ones of one card at a time."""
-AT_ONCE, A_SECOND = 50, 10
-"""Denied packets that are written down: so many at once, and per second."""
+SPOKEN, DENIED = "spoken", "denied"
+"""Sets, with direction and IP version behind: who spoke UDP with whom of late, and what was denied."""
+DENIALS = tuple(f"{DENIED}-{way}{version}" for way in BOTH for version in (4, 6))
+OF_PACKETS = (f"{SPOKEN}4", f"{SPOKEN}6", *DENIALS, f"new-{SPOKEN}", f"new-{DENIED}")
+"""All of them: their elements come and go with the guests' packets."""
+SPOKEN_FOR, DENIED_FOR = 180, 24 * 3600
+"""Seconds for which silence may last between two who speak UDP, as conntrack has it, and for which a denial is told."""
+MOST = 1 << 17
+"""Elements of such a set, over all cards."""
+NEW: dict[str, tuple[int, str, int]] = {SPOKEN: (200, "second", 2000), DENIED: (6, "minute", 100)}
+"""What one card may add: so many for each time, so many at once. So none fills a set that is everybody's."""
 COUNTED_AS = "rule "
 """A comment that begins so says which of the VM's rules, from 1, an nftables rule is."""
 DEFAULTS: dict[Direction, str] = {"in": "default in", "out": "default out"}
@@ -92,6 +97,20 @@ class Filter:
     outbound: Action
     rules: tuple[Rule, ...]
     routed: bool
+
+    @cached_property
+    def vms(self) -> frozenset[str]:
+        """The VMs that the rules name, as `vm:NAME`."""
+        return self._named("vm:")
+
+    @cached_property
+    def tags(self) -> frozenset[str]:
+        """The tags that they name, as `tag:NAME`."""
+        return self._named("tag:")
+
+    def _named(self, kind: str) -> frozenset[str]:
+        peers = (peer for each in self.rules for peer in each.peers or ())
+        return frozenset(peer for peer in peers if isinstance(peer, str) and peer.startswith(kind))
 
 
 @dataclass(frozen=True)
@@ -134,171 +153,209 @@ def _peers(peer: str, network: Network, networks: Mapping[str, Network]) -> tupl
     return (ipaddress.ip_network(peer),)
 
 
-def groups(nics: Iterable[Nic]) -> dict[str, frozenset[str]]:
-    """The addresses of the VMs and tags that rules name, by name of their set."""
+def with_addresses(nic: Nic, who: Mapping[str, frozenset[str]]) -> Nic:
+    """The card with the VMs that its rules name known by their addresses; `who` by `vm:NAME`."""
+    if nic.filter is None or not nic.filter.vms:
+        return nic
+    rules = []
+    for each in nic.filter.rules:
+        peers: list[Prefix | str] = []
+        for peer in each.peers or ():
+            known = isinstance(peer, str) and peer.startswith("vm:")
+            peers += map(ipaddress.ip_network, sorted(who.get(str(peer), ()))) if known else [peer]
+        rules.append(replace(each, peers=None if each.peers is None else tuple(peers)))
+    return replace(nic, filter=replace(nic.filter, rules=tuple(rules)))
+
+
+def tagged(nics: Iterable[Nic]) -> dict[str, frozenset[str]]:
+    """The addresses of those that have the tags that rules name, by name of the tag's set."""
     nics = list(nics)
-    named = {
-        peer
-        for nic in nics
-        if nic.filter
-        for each in nic.filter.rules
-        for peer in each.peers or ()
-        if isinstance(peer, str)
-    }
-    members: dict[str, set[str]] = {_set_name(peer, version): set() for peer in named for version in (4, 6)}
+    wanted = frozenset[str]().union(*(nic.filter.tags for nic in nics if nic.filter))
+    members: dict[str, set[str]] = {_set_name(peer, version): set() for peer in wanted for version in (4, 6)}
     for nic in nics:
-        if nic.address is None:  # in a bridged network: what it says of its address need not be true
-            continue
-        for peer in named & {f"vm:{nic.name}", *(f"tag:{tag}" for tag in nic.tags)}:
-            members[_set_name(peer, 4)].add(nic.address)
-            members[_set_name(peer, 6)] |= {nic.link_local, *([nic.address6] if nic.address6 else [])}
+        for peer in wanted & {f"tag:{tag}" for tag in nic.tags} if nic.tags else ():
+            for address in nic.addresses:
+                members[_set_name(peer, 6 if ":" in address else 4)].add(address)
     return {name: frozenset(addresses) for name, addresses in members.items()}
 
 
-def groups_changed(
+def tags_changed(
     old: Mapping[str, frozenset[str]], new: Mapping[str, frozenset[str]]
 ) -> tuple[list[Command], list[Command]]:
     """What comes before the rules that need them, and what after those that did."""
     first: list[Command] = []
     for name in sorted(new):
+        before = old.get(name, frozenset())
         if name not in old:
-            first += [{"add": {"set": table | _group(name)}} for table in (B, I)]
-        for verb, addresses in (
-            ("delete", old.get(name, frozenset()) - new[name]),
-            ("add", new[name] - old.get(name, frozenset())),
-        ):
+            kind = "ipv6_addr" if name.startswith("tag6") else "ipv4_addr"
+            first += [{"add": {"set": table | {"name": name, "type": kind}}} for table in (B, I)]
+        for verb, addresses in (("delete", before - new[name]), ("add", new[name] - before)):
             if addresses:
                 first += [{verb: {"element": table | {"name": name, "elem": sorted(addresses)}}} for table in (B, I)]
     gone = [{"delete": {"set": table | {"name": name}}} for name in sorted(old.keys() - new.keys()) for table in (B, I)]
     return first, gone
 
 
-def _group(name: str) -> dict[str, Any]:
-    return {"name": name, "type": "ipv6_addr" if name.startswith("group6") else "ipv4_addr"}
-
-
 def _set_name(peer: str, version: int) -> str:
-    return f"group{version}-{hashlib.sha256(peer.encode()).hexdigest()[:16]}"
+    return f"tag{version}-{hashlib.sha256(peer.encode()).hexdigest()[:16]}"
 
 
-def filter_added(nic: Nic) -> list[Command]:
-    """The chains and sets of one card's rules. They come before the card's own chain, which leads to them."""
-    if nic.filter is None:
-        return []
-    return [*({"add": {"set": made}} for made in _sets(nic.tap)), *_filled(nic, nic.filter)]
+# --- what all cards share ---
 
 
-def _filled(nic: Nic, found: Filter) -> list[Command]:
-    chains = _chains(nic)
+def shared() -> list[Command]:
+    """The sets, the maps to the chains of cards that have rules, and what is done with packets that they lead to."""
+    way = {"map": "verdict"}
     return [
-        *({"add": made} for made in chains),
-        *({"flush": made} for made in chains),
-        *(made for direction in BOTH for made in _spoken(nic.tap, direction)),
-        *(made for direction in BOTH for made in _denied(nic.tap, direction)),
-        *(made for direction in BOTH for made in _judged(nic, found, direction)),
-        {"add": _element(B, "filtered", [nic.tap, jump(f"{nic.tap}-in")])},
-        *_routed_added(nic, found),
+        *({"add": {"set": made}} for made in _sets()),
+        {"add": {"map": B | {"name": "rules-in", "type": "ifname"} | way}},
+        {"add": {"map": B | {"name": "rules-out", "type": "ifname"} | way}},
+        {"add": {"map": I | {"name": "from-elsewhere4", "type": "ipv4_addr"} | way}},
+        {"add": {"map": I | {"name": "from-elsewhere6", "type": "ipv6_addr"} | way}},
+        {"add": {"map": I | {"name": "to-host4", "type": ["ifname", "ipv4_addr"]} | way}},
+        {"add": {"map": I | {"name": "to-host6", "type": ["ifname", "ipv6_addr"]} | way}},
+        *({"add": {"chain": B | {"name": f"{kind}-{way}"}}} for way in BOTH for kind in ("yes", "no", "answers")),
+        *(made for direction in BOTH for made in (*_yes(direction), *_no(direction), *_answers(direction))),
     ]
 
 
-def filter_removed(nic: Nic) -> list[Command]:
-    """All of that away. It comes after the card's own chain has gone, or leads there no more."""
-    if nic.filter is None:
-        return []
-    chains = _chains(nic)
-    return [
-        *_routed_removed(nic, nic.filter),
-        {"delete": _element(B, "filtered", [nic.tap, jump(f"{nic.tap}-in")])},
-        *({"flush": gone} for gone in chains),
-        *({"delete": gone} for gone in chains),
-        *({"delete": {"set": B | {"name": nic.tap + end}}} for end in OF_PACKETS),
-    ]
+def _sets() -> list[dict[str, Any]]:
+    found = [B | {"name": f"new-{kind}", "type": "ifname", "flags": ["timeout"], "timeout": 600} for kind in NEW]
+    for version in (4, 6):
+        address = f"ipv{version}_addr"
+        spoken = ["ifname", address, "inet_service", "inet_service"]
+        denied = ["ifname", "inet_proto", address, address, "inet_service"]
+        kinds = [(f"{SPOKEN}{version}", spoken, SPOKEN_FOR)]
+        kinds += [(f"{DENIED}-{direction}{version}", denied, DENIED_FOR) for direction in BOTH]
+        found += [
+            B | {"name": name, "type": key, "flags": ["timeout"], "timeout": seconds, "size": MOST}
+            for name, key, seconds in kinds
+        ]
+    return found
 
 
-def filter_changed(old: Nic, new: Nic) -> tuple[list[Command], list[Command]]:
-    """From the rules of a card to other rules of it: what comes before and after its own chain. Whom it has spoken to
-    and what was denied stays (and nft 1.0.6 refuses to add a set that packets change to one that is there)."""
-    if old.filter is None or new.filter is None:
-        return filter_added(new), filter_removed(old)
-    return [*_routed_removed(old, old.filter), *_filled(new, new.filter)], []
+def _new(kind: str, card: Expression) -> Expression:
+    """The rest of a rule is done as long as the card has not made too many new ones."""
+    rate, per, burst = NEW[kind]
+    limit = {"limit": {"rate": rate, "per": per, "burst": burst}}
+    return {"set": {"op": "update", "elem": card, "set": f"@new-{kind}", "stmt": [limit]}}
 
 
-def _chains(nic: Nic) -> list[dict[str, Any]]:
-    """Those that lead to others first."""
-    ends = [f"-{direction}{kind}" for kind in ("", YES, NO) for direction in BOTH]
-    return [{"chain": B | {"name": nic.tap + end}} for end in ends]
-
-
-def _sets(tap: str) -> list[dict[str, Any]]:
-    kinds: list[tuple[str, list[str], dict[str, int]]] = [
-        (SPOKEN, ["address", "inet_service", "inet_service"], {"timeout": SPOKEN_FOR, "size": MOST_SPOKEN})
-    ]
-    for direction in BOTH:
-        key = ["inet_proto", "address", "address", "inet_service"]
-        kinds.append((f"-{direction}{DENIED}", key, {"timeout": DENIED_FOR, "size": MOST_DENIED}))
-    return [
-        B | {"name": f"{tap}{name}{version}", "flags": ["timeout"]} | limits
-        | {"type": [f"ipv{version}_addr" if part == "address" else part for part in key]}
-        for name, key, limits in kinds
-        for _, version in IPS
-    ]  # fmt: skip
-
-
-def _spoken(tap: str, direction: Direction) -> list[Command]:
-    """Whom a packet that passes makes known: (peer, its port, own port), however the packet goes."""
-    peer, its, own = _ends(direction)
+def _yes(direction: Direction) -> list[Command]:
+    """It passes, and makes known who speaks UDP with whom: (card, peer, its port, own port), whichever way it goes."""
+    card, peer, its, own = _ends(direction)
     made = []
     for ip, version in IPS:
-        key = concat(field(ip, peer), field("udp", its), field("udp", own))
-        kept = {"set": {"op": "update", "elem": key, "set": f"@{tap}{SPOKEN}{version}"}}
-        made.append(rule(B, f"{tap}-{direction}{YES}", kept))
-    return [*made, rule(B, f"{tap}-{direction}{YES}", ACCEPT)]
+        key = concat(card, field(ip, peer), field("udp", its), field("udp", own))
+        kept: Expression = {"set": {"op": "update", "elem": key, "set": f"@{SPOKEN}{version}"}}
+        made += [
+            rule(B, f"yes-{direction}", match(key, f"@{SPOKEN}{version}"), kept, ACCEPT),
+            rule(B, f"yes-{direction}", match(PROTOCOL, "udp"), _new(SPOKEN, card), kept),
+        ]
+    return [*made, rule(B, f"yes-{direction}", ACCEPT)]
 
 
-def _denied(tap: str, direction: Direction) -> list[Command]:
-    """Written down, at a bounded rate, and dropped. Of what has no ports the first two bytes are: of ICMP, its type and
-    code."""
-    limit: Expression = {"limit": {"rate": A_SECOND, "per": "second", "burst": AT_ONCE}}
+def _no(direction: Direction) -> list[Command]:
+    """It is written down and dropped. Of what has no ports the first two bytes are written: of ICMP, type and code."""
+    card, chain = _ends(direction)[0], f"no-{direction}"
     made = []
     for ip, version in IPS:
         for op, port in (("==", "dport"), ("!=", "sport")):
-            key = concat(PROTOCOL, field(ip, "saddr"), field(ip, "daddr"), field("th", port))
-            where = f"@{tap}-{direction}{DENIED}{version}"
-            kept: Expression = {"op": "update", "elem": key, "set": where, "stmt": [{"counter": None}]}
+            name = f"@{DENIED}-{direction}{version}"
+            key = concat(card, PROTOCOL, field(ip, "saddr"), field(ip, "daddr"), field("th", port))
+            kept: Expression = {"set": {"op": "update", "elem": key, "set": name, "stmt": [{"counter": None}]}}
             what = match(PROTOCOL, {"set": ["tcp", "udp"]}, op)
-            made.append(rule(B, f"{tap}-{direction}{NO}", what, limit, {"set": kept}))
-    return [*made, rule(B, f"{tap}-{direction}{NO}", DROP)]
+            made += [
+                rule(B, chain, what, match(key, name), kept, DROP),
+                rule(B, chain, what, _new(DENIED, card), kept),
+            ]
+    return [*made, rule(B, chain, DROP)]
 
 
-def _ends(direction: Direction) -> tuple[str, str, str]:
-    """The fields of a packet with the peer's address, its port, and the own port."""
-    return ("saddr", "sport", "dport") if direction == "in" else ("daddr", "dport", "sport")
-
-
-def _judged(nic: Nic, found: Filter, direction: Direction) -> list[Command]:
-    """The chain of one direction: what answers, the rules, what is published, the default."""
-    chain, inward = f"{nic.tap}-{direction}", direction == "in"
-    verdicts = {"allow": goto(chain + YES), "deny": goto(chain + NO)}
-    peer, its, own = _ends(direction)
-    answers: list[list[Expression]] = [
+def _answers(direction: Direction) -> list[Command]:
+    """What needs no rule: what answers, what a link lives on, the rest of a packet that was judged by its beginning.
+    What is neither IPv4, IPv6 nor ARP comes to nobody who has rules."""
+    card, peer, its, own = _ends(direction)
+    passing: list[list[Expression]] = [
         [match(ETHERTYPE, 0x0806), ACCEPT],
         [match(ETHERTYPE, {"set": [0x0800, 0x86DD]}, "!="), DROP],
         [match({"&": [field("tcp", "flags"), ["syn", "ack"]]}, "syn", "!="), ACCEPT],
         *(
             [
-                match(concat(field(ip, peer), field("udp", its), field("udp", own)), f"@{nic.tap}{SPOKEN}{version}"),
-                verdicts["allow"],
+                match(concat(card, field(ip, peer), field("udp", its), field("udp", own)), f"@{SPOKEN}{version}"),
+                goto(f"yes-{direction}"),
             ]
             for ip, version in IPS
         ),
         [match(field("icmp", "type"), ANSWERS4), ACCEPT],
         [match(field("icmpv6", "type"), ANSWERS6), ACCEPT],
-        # the rest of a packet that was judged by its beginning
         [match({"&": [field("ip", "frag-off"), 0x1FFF]}, 0, "!="), ACCEPT],
         [match({"exthdr": {"name": "frag", "field": "frag-off"}}, 0, "!="), ACCEPT],
         *([match(field("udp", its), at), match(field("udp", own), by), ACCEPT] for at, by in ((67, 68), (547, 546))),
     ]
-    made = [rule(B, chain, *expressions) for expressions in answers]
+    return [rule(B, f"answers-{direction}", *expressions) for expressions in passing]
+
+
+def _ends(direction: Direction) -> tuple[Expression, str, str, str]:
+    """The card, and the fields of a packet with the peer's address, its port, and the own port."""
+    return (OIF, "saddr", "sport", "dport") if direction == "in" else (IIF, "daddr", "dport", "sport")
+
+
+# --- one card ---
+
+
+def filter_added(nic: Nic) -> list[Command]:
+    """The chains of one card's rules, and the ways to them. A direction without rules only remembers who is spoken
+    to."""
+    if nic.filter is None:
+        return []
+    made: list[Command] = []
+    for direction in BOTH:
+        if _has_rules(nic, nic.filter, direction):
+            made += [{"add": chain} for chain in _chain(nic, direction)]
+            made += _judged(nic, nic.filter, direction)
+        made.append({"add": _way(nic, nic.filter, direction)})
+    return [*made, *_routed_added(nic, nic.filter)]
+
+
+def filter_removed(nic: Nic) -> list[Command]:
+    """All of that away."""
+    if nic.filter is None:
+        return []
+    gone = _routed_removed(nic, nic.filter)
+    for direction in BOTH:
+        gone.append({"delete": _way(nic, nic.filter, direction)})
+        if _has_rules(nic, nic.filter, direction):
+            gone += [{verb: chain} for verb in ("flush", "delete") for chain in _chain(nic, direction)]
+    return gone
+
+
+def filter_changed(old: Nic, new: Nic) -> list[Command]:
+    """From the rules of a card to other rules of it."""
+    if (old.filter, old.publish, old.addresses) == (new.filter, new.publish, new.addresses):
+        return []
+    return [*filter_removed(old), *filter_added(new)]
+
+
+def _has_rules(nic: Nic, found: Filter, direction: Direction) -> bool:
+    default = found.inbound if direction == "in" else found.outbound
+    return default == "deny" or any(each.direction == direction for each in found.rules)
+
+
+def _chain(nic: Nic, direction: Direction) -> list[dict[str, Any]]:
+    return [{"chain": B | {"name": f"{nic.tap}-{direction}"}}]
+
+
+def _way(nic: Nic, found: Filter, direction: Direction) -> dict[str, Any]:
+    target = f"{nic.tap}-{direction}" if _has_rules(nic, found, direction) else f"yes-{direction}"
+    return _element(B, f"rules-{direction}", [nic.tap, goto(target)])
+
+
+def _judged(nic: Nic, found: Filter, direction: Direction) -> list[Command]:
+    """The chain of one direction: what answers, the rules, what is published, the default."""
+    chain, inward = f"{nic.tap}-{direction}", direction == "in"
+    verdicts = {"allow": goto(f"yes-{direction}"), "deny": goto(f"no-{direction}")}
+    made = [rule(B, chain, jump(f"answers-{direction}"))]
     for number, each in enumerate(found.rules, 1):
         if each.direction == direction:
             made += [
@@ -313,25 +370,24 @@ def _judged(nic: Nic, found: Filter, direction: Direction) -> list[Command]:
 
 
 def _matches(wanted: Rule) -> list[list[Expression]]:
-    """The packets that a rule fits: one list of conditions for each nftables rule that it takes."""
-    what: list[Expression] = []
+    """The packets that a rule fits: one list of conditions for each nftables rule that it takes. No sets of their own:
+    of those the kernel has one list for each table, which it walks."""
+    what: list[list[Expression]] = [[]]
     if wanted.ports:
-        ports = [first if first == last else {"range": [first, last]} for first, last in wanted.ports]
-        what = [match(field(wanted.protocol, "dport"), {"set": ports})]
+        ports: list[Any] = [first if first == last else {"range": [first, last]} for first, last in wanted.ports]
+        what = [[match(field(wanted.protocol, "dport"), port)] for port in ports]
     elif wanted.protocol in ("tcp", "udp"):
-        what = [match(PROTOCOL, wanted.protocol)]
+        what = [[match(PROTOCOL, wanted.protocol)]]
     elif wanted.protocol == "icmp":
-        what = [match(PROTOCOL, {"set": ["icmp", "ipv6-icmp"]})]
-    if wanted.peers is None:
-        return [what]
+        what = [[match(PROTOCOL, name)] for name in ("icmp", "ipv6-icmp")]
     side = "saddr" if wanted.direction == "in" else "daddr"
-    found = []
-    for peer in wanted.peers:
+    whom: list[list[Expression]] = []
+    for peer in wanted.peers or ():
         if isinstance(peer, str):
-            found += [[match(field(ip, side), f"@{_set_name(peer, version)}"), *what] for ip, version in IPS]
+            whom += [[match(field(ip, side), f"@{_set_name(peer, version)}")] for ip, version in IPS]
         else:
-            found.append([match(field("ip" if peer.version == 4 else "ip6", side), _address(peer)), *what])
-    return found
+            whom.append([match(field("ip" if peer.version == 4 else "ip6", side), _address(peer))])
+    return [[*one, *other] for one in ([[]] if wanted.peers is None else whom) for other in what]
 
 
 def _address(peer: Prefix) -> Any:
@@ -339,18 +395,6 @@ def _address(peer: Prefix) -> Any:
 
 
 # --- what is routed ---
-
-
-def filter_maps() -> list[Command]:
-    """The ways to the chains of cards that have rules."""
-    way = {"map": "verdict"}
-    return [
-        {"add": {"map": B | {"name": "filtered", "type": "ifname"} | way}},
-        {"add": {"map": I | {"name": "from-elsewhere4", "type": "ipv4_addr"} | way}},
-        {"add": {"map": I | {"name": "from-elsewhere6", "type": "ipv6_addr"} | way}},
-        {"add": {"map": I | {"name": "to-host4", "type": ["ifname", "ipv4_addr"]} | way}},
-        {"add": {"map": I | {"name": "to-host6", "type": ["ifname", "ipv6_addr"]} | way}},
-    ]
 
 
 def from_elsewhere(chain: str) -> list[Command]:
@@ -430,22 +474,22 @@ def counted(listed: Iterable[Command]) -> dict[str, tuple[int, int]]:
     return found
 
 
-def attempts(listed: Iterable[Command]) -> list[Attempt]:
-    """What a card's sets say was denied, the latest first, from what `nft -j list set` says."""
-    found = []
+def attempts(listed: Iterable[Command]) -> dict[str, list[Attempt]]:
+    """What was denied, by tap, the latest first, from what `nft -j list set` says of the sets that it is in."""
+    found: dict[str, list[Attempt]] = {}
     for command in listed:
         name = str(command.get("set", {}).get("name", ""))
-        direction: Direction = "in" if f"-in{DENIED}" in name else "out"
+        direction: Direction = "in" if name.startswith(f"{DENIED}-in") else "out"
         for said in (each["elem"] for each in command.get("set", {}).get("elem", ())):
-            protocol, source, target, port = said["val"]["concat"]
-            found.append(
+            tap, protocol, source, target, port = said["val"]["concat"]
+            found.setdefault(tap, []).append(
                 Attempt(
                     direction, str(protocol), str(source if direction == "in" else target),
                     int(port) if protocol in ("tcp", "udp") else None, int(said["counter"]["packets"]),
-                    float(said["timeout"]) - float(said["expires"]),
+                    float(DENIED_FOR) - float(said["expires"]),
                 )
             )  # fmt: skip
-    return sorted(found, key=lambda attempt: attempt.seconds)
+    return {tap: sorted(denied, key=lambda attempt: attempt.seconds) for tap, denied in found.items()}
 
 
 def reason(found: Filter, members: Mapping[str, frozenset[str]], attempt: Attempt) -> int | None:

@@ -12,6 +12,7 @@ import hashlib
 import ipaddress
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from innkeeper.base.errors import InvalidInput, Unsupported
@@ -94,12 +95,12 @@ class Nic:
     def tap(self) -> str:
         return tap_name(self.vm, self.index)
 
-    @property
+    @cached_property
     def addresses(self) -> tuple[str, ...]:
         """All that it may send from, as far as that is ours to say."""
         return tuple(filter(None, (self.address, self.address6, self.address and self.link_local)))
 
-    @property
+    @cached_property
     def link_local(self) -> str:
         return str(by_mac(ipaddress.IPv6Network("fe80::/64"), self.mac))
 

@@ -180,10 +180,10 @@ def _firewall(seen: Seen) -> Hop:
 
 def _whose(nic: Nic, chain: str) -> str:
     """Whose rules drop it: those of a VM, which has chains of its own (plan/filter.py), or those that all have."""
-    for direction, end in (("in", "-in-no"), ("out", "-out-no")):
-        if chain.endswith(end):
-            whose = nic.name if chain.startswith(nic.tap) else "the other VM"
-            return f"the firewall rules of {whose} deny it: inn firewall ls shows what goes {direction}"
+    if chain == "no-out":
+        return f"the firewall rules of {nic.name} deny it (inn firewall ls {nic.name})"
+    if chain == "no-in":
+        return "the firewall rules of the VM that it is for deny it (inn firewall ls)"
     return "Innkeeper's own rules drop it"
 
 

@@ -1,8 +1,9 @@
 """The firewall as nftables' JSON (libnftables-json(5)): networks and NICs in, commands out.
 
-Two tables, `bridge innkeeper` and `inet innkeeper`, and nothing outside them. No packet walks a list of VMs: verdict
-maps lead from a tap's name, or a published port, to the chain of that NIC. What has our names and is in no map is
-dropped. A NIC's rules change in one transaction that names only its own objects.
+Two tables, `bridge innkeeper` and `inet innkeeper`, and nothing outside them. No packet walks a list of VMs: sets say
+which tap may send what (plan/sender.py), and verdict maps lead from a tap's name, or a published port, to the chain of
+that NIC (plan/filter.py). What has our names and is in no set is dropped. A NIC's rules change in one transaction that
+names only its own objects.
 """
 
 from __future__ import annotations
@@ -11,22 +12,12 @@ import ipaddress
 from collections.abc import Iterable
 from typing import Any
 
-from innkeeper.plan.filter import (
-    OF_PACKETS,
-    filter_added,
-    filter_changed,
-    filter_maps,
-    filter_removed,
-    from_elsewhere,
-    groups,
-    groups_changed,
-    to_host,
-)  # fmt: skip
+from innkeeper.plan import filter, sender
+from innkeeper.plan.filter import from_elsewhere, to_host
 from innkeeper.plan.network import BRIDGE, METADATA, METADATA_PORT, TAP, Network, Nic
 from innkeeper.plan.nft import (
     ACCEPT,
     DROP,
-    ETHERTYPE,
     IIF,
     NAME,
     OIF,
@@ -47,18 +38,9 @@ TABLES = (("bridge", NAME), ("inet", NAME))
 COUNTS = "-n"
 """Ends the name of the chain that counts what comes for a NIC's published ports."""
 LOOPBACK = {"prefix": {"addr": "127.0.0.0", "len": 8}}
-TARGET: Expression = {"payload": {"base": "th", "offset": 64, "len": 128}}
-"""The address that a neighbour solicitation or advertisement is about (RFC 4861, 4.3 and 4.4)."""
-BEHIND_FRAGMENT: Expression = {"exthdr": {"name": "frag", "field": "nexthdr"}}
-DISCOVERY = {
-    "set": ["nd-router-solicit", "nd-router-advert", "nd-neighbor-solicit", "nd-neighbor-advert", "nd-redirect"]
-}
-UPPER_LAYERS = {"set": [6, 17, 50, 58, 132, 136]}
-"""TCP, UDP, ESP, ICMPv6, SCTP, UDP-Lite: what may follow an IPv6 fragment header."""
-MEMBERSHIP = {"set": ["mld-listener-report", "mld2-listener-report"]}
-ON_THE_OUTSIDE = 0x10000000
-"""A bit of the mark of packets from guests in bridged networks: only the bridge sees which tap they come from."""
-NEIGHBOURS = {"set": ["nd-neighbor-solicit", "nd-neighbor-advert", "nd-router-solicit", *MEMBERSHIP["set"]]}
+OF_PACKETS = {*filter.OF_PACKETS, sender.REFUSED}
+"""Sets whose elements come and go with the guests' packets."""
+NEIGHBOURS = {"set": ["nd-neighbor-solicit", "nd-neighbor-advert", "nd-router-solicit", *sender.MEMBERSHIP["set"]]}
 
 
 def clear() -> list[Command]:
@@ -74,7 +56,7 @@ def everything(networks: Iterable[Network], nics: Iterable[Nic]) -> list[Command
     commands += [*_sets(), *_bridge(), *_host(), *_between(), *_translation()]
     for network in networks:
         commands += network_added(network)
-    commands += groups_changed({}, groups(nics))[0]
+    commands += filter.tags_changed({}, filter.tagged(nics))[0]
     for nic in nics:
         commands += nic_added(nic)
     return commands
@@ -114,45 +96,23 @@ def network_removed(network: Network) -> list[Command]:
 
 
 def nic_added(nic: Nic) -> list[Command]:
-    """The chains of one NIC, made or made anew, and the way to them."""
-    return [
-        *filter_added(nic),
-        *_nic_added(nic),
-    ]
-
-
-def nic_changed(old: Nic, new: Nic) -> list[Command]:
-    """The same NIC with other rules, ports or address."""
-    before, after = filter_changed(old, new)
-    published = [] if old.publish == new.publish and old.address == new.address else publish_changed(old, new)
-    return [*before, *published, *metadata_removed(old), *_nic_added(new), *after]
-
-
-def _nic_added(nic: Nic) -> list[Command]:
-    named = B | {"name": nic.tap}
-    return [
-        {"add": {"counter": named}},
-        {"add": {"chain": named}},
-        {"flush": {"chain": named}},
-        *(rule(B, nic.tap, *expressions) for expressions in _own_packets(nic)),
-        {"add": {"element": B | {"name": "nics", "elem": [[nic.tap, {"jump": {"target": nic.tap}}]]}}},
-        *metadata_added(nic),
-        *publish_added(nic),
-    ]
+    """All that is of one NIC, whose rules name no VM any more but by its addresses."""
+    return [*sender.sender_added(nic), *filter.filter_added(nic), *metadata_added(nic), *publish_added(nic)]
 
 
 def nic_removed(nic: Nic) -> list[Command]:
     """All of that away."""
-    named = B | {"name": nic.tap}
-    return [
-        {"delete": {"element": B | {"name": "nics", "elem": [[nic.tap, {"jump": {"target": nic.tap}}]]}}},
-        {"flush": {"chain": named}},
-        {"delete": {"chain": named}},
-        {"delete": {"counter": named}},
-        *filter_removed(nic),
-        *metadata_removed(nic),
-        *publish_removed(nic),
-    ]
+    return [*sender.sender_removed(nic), *filter.filter_removed(nic), *metadata_removed(nic), *publish_removed(nic)]
+
+
+def nic_changed(old: Nic, new: Nic) -> list[Command]:
+    """From a NIC to the same one with other rules, ports or address: only what is other."""
+    commands = [*sender.sender_changed(old, new), *filter.filter_changed(old, new)]
+    if metadata_added(old) != metadata_added(new):
+        commands += [*metadata_removed(old), *metadata_added(new)]
+    if (old.publish, old.address) != (new.publish, new.address):
+        commands += [*publish_removed(old), *publish_added(new)]
+    return commands
 
 
 def metadata_added(nic: Nic) -> list[Command]:
@@ -167,6 +127,8 @@ def metadata_removed(nic: Nic) -> list[Command]:
 
 def publish_added(nic: Nic) -> list[Command]:
     """What leads from outside to the published ports of one NIC."""
+    if not nic.publish:
+        return []
     named = I | {"name": nic.tap}
     rules = []
     for forward in nic.publish:
@@ -181,13 +143,10 @@ def publish_added(nic: Nic) -> list[Command]:
 
 def publish_removed(nic: Nic) -> list[Command]:
     """The same away."""
+    if not nic.publish:
+        return []
     named = {"chain": I | {"name": nic.tap}}
     return [*_published(nic, "delete"), {"flush": named}, {"delete": named}, *_counted_no_more(nic)]
-
-
-def publish_changed(old: Nic, new: Nic) -> list[Command]:
-    """Other published ports of a NIC that stays as it is."""
-    return [*_published(old, "delete"), *_counted_no_more(old), *publish_added(new)]
 
 
 def counts(listed: Iterable[Command]) -> dict[tuple[str, str, int], tuple[int, int]]:
@@ -214,14 +173,15 @@ def objects(commands: Iterable[Command]) -> set[str]:
                 rules[where] = rules.get(where, 0) + 1
             elif kind in ("table", "chain", "map", "set", "counter"):
                 found.add(f"{kind} {where}")
-            if kind in ("element", "map", "set") and not where.endswith(OF_PACKETS):
+            if kind in ("element", "map", "set") and what.get("name") not in OF_PACKETS:
                 found |= {f"element {where} {_word(element)}" for element in what.get("elem", ())}
     return found | {f"rules {where}: {number}" for where, number in rules.items()}
 
 
 def _word(element: Any) -> str:
     if isinstance(element, list):  # of a map
-        return f"{_word(element[0])} → {element[1]['jump']['target']}"
+        (way,) = element[1].values()
+        return f"{_word(element[0])} → {way['target']}"
     if isinstance(element, dict) and "concat" in element:
         return " . ".join(map(str, element["concat"]))
     return f"{element['prefix']['addr']}/{element['prefix']['len']}" if isinstance(element, dict) else str(element)
@@ -230,75 +190,15 @@ def _word(element: Any) -> str:
 def _bridge() -> list[Command]:
     """What guests send is looked at before the bridge sees it, what they get when it has."""
     return [
-        {"add": {"map": B | {"name": "nics", "type": "ifname", "map": "verdict"}}},
+        *filter.shared(),
+        {"add": {"chain": B | {"name": "judged"}}},
+        rule(B, "judged", {"vmap": {"key": IIF, "data": "@rules-out"}}),
+        rule(B, "judged", ACCEPT),
+        *sender.shared(goto("judged")),
         chain(B, "from-guests", "filter", "prerouting", -300),
-        rule(B, "from-guests", match(IIF, f"{TAP}*"), {"vmap": {"key": IIF, "data": "@nics"}}),
-        rule(B, "from-guests", match(IIF, f"{TAP}*"), DROP),
+        rule(B, "from-guests", match(IIF, f"{TAP}*"), goto("sent")),
         chain(B, "to-guests", "filter", "postrouting", 0),
-        rule(B, "to-guests", match(OIF, f"{TAP}*"), {"vmap": {"key": OIF, "data": "@filtered"}}),
-    ]
-
-
-def _own_packets(nic: Nic) -> list[list[Expression]]:
-    """Only from its own MAC and addresses, only IPv4, IPv6 and ARP, and nothing that only a router or a DHCP server
-    says. The rest is dropped and counted."""
-    drop: list[Expression] = [{"counter": nic.tap}, DROP]
-    if nic.address is None:
-        return _own_packets_outside(nic, drop)
-    addresses = [nic.link_local, *([nic.address6] if nic.address6 else [])]
-    targets = {"set": ["0x" + ipaddress.IPv6Address(address).packed.hex() for address in addresses]}
-    kind = field("icmpv6", "type")
-    nobody = match(field("ip6", "saddr"), "::")
-    return [
-        *_nobodys(nic, drop),
-        [match(field("ip", "saddr"), nic.address), _judged(nic)],
-        [
-            match(field("arp", "saddr ether"), nic.mac),
-            match(field("arp", "saddr ip"), {"set": [nic.address, "0.0.0.0"]}),
-            ACCEPT,
-        ],
-        [
-            match(field("ip", "saddr"), "0.0.0.0"),
-            match(field("ip", "daddr"), "255.255.255.255"),
-            match(field("udp", "sport"), 68),
-            match(field("udp", "dport"), 67),
-            ACCEPT,
-        ],
-        [match(kind, {"set": ["nd-router-advert", "nd-redirect"]}), *drop],
-        [match(kind, "nd-neighbor-advert"), match(TARGET, targets, "!="), *drop],
-        [match(field("ip6", "saddr"), {"set": addresses}), _judged(nic)],
-        [nobody, match(kind, "nd-neighbor-solicit"), match(TARGET, targets), ACCEPT],
-        [nobody, match(kind, MEMBERSHIP), ACCEPT],
-        drop,
-    ]
-
-
-def _own_packets_outside(nic: Nic, drop: list[Expression]) -> list[list[Expression]]:
-    """The same where the network outside says who has which address."""
-    mark: Expression = {"meta": {"key": "mark"}}
-    marked: Expression = {"mangle": {"key": mark, "value": {"|": [mark, ON_THE_OUTSIDE]}}}
-    return [
-        *_nobodys(nic, drop),
-        [match(field("icmpv6", "type"), {"set": ["nd-router-advert", "nd-redirect"]}), *drop],
-        [match(field("arp", "saddr ether"), nic.mac, "!="), *drop],
-        [marked, _judged(nic)],
-    ]
-
-
-def _judged(nic: Nic) -> Expression:
-    """What becomes of a packet that it may send: what its VM's rules say."""
-    return goto(f"{nic.tap}-out") if nic.filter else ACCEPT
-
-
-def _nobodys(nic: Nic, drop: list[Expression]) -> list[list[Expression]]:
-    """What no guest sends: from another card, another protocol, in a VLAN of any kind, as a DHCP server, or such that
-    nobody sees what it is before it is put together (RFC 7112, 6980)."""
-    return [
-        [match(field("ether", "saddr"), nic.mac, "!="), *drop],
-        [match(ETHERTYPE, {"set": [0x0800, 0x0806, 0x86DD]}, "!="), *drop],
-        [match(field("udp", "sport"), {"set": [67, 547]}), *drop],
-        [match(BEHIND_FRAGMENT, UPPER_LAYERS, "!="), *drop],
-        [match(BEHIND_FRAGMENT, 58), match(field("icmpv6", "type"), DISCOVERY), *drop],
+        rule(B, "to-guests", match(OIF, f"{TAP}*"), {"vmap": {"key": OIF, "data": "@rules-in"}}),
     ]
 
 
@@ -313,7 +213,6 @@ def _sets() -> list[Command]:
         *({"add": {"set": I | {"name": name, "type": kind, "flags": ["interval"]}}} for name, kind in ranges.items()),
         {"add": {"map": I | {"name": "published", "type": ["inet_proto", "inet_service"], "map": "verdict"}}},
         {"add": {"map": I | {"name": "counted", "type": "ipv4_addr", "map": "verdict"}}},
-        *filter_maps(),
     ]
 
 
@@ -435,8 +334,8 @@ def _translation() -> list[Command]:
 
 def _bridged_by_us() -> list[Expression]:
     """From a guest, not from another machine of that network."""
-    marked: Expression = {"&": [{"meta": {"key": "mark"}}, ON_THE_OUTSIDE]}
-    return [match(IIF, "@bridged"), match(marked, ON_THE_OUTSIDE)]
+    marked: Expression = {"&": [{"meta": {"key": "mark"}}, sender.ON_THE_OUTSIDE]}
+    return [match(IIF, "@bridged"), match(marked, sender.ON_THE_OUTSIDE)]
 
 
 def _published(nic: Nic, verb: str) -> list[Command]:
