@@ -274,7 +274,7 @@ def test_what_makes_no_sense_is_refused(lab, web):
         web.firewall.remove(1)
     with pytest.raises(ApiError, match="70000"):
         web.firewall.allow("in", "tcp", ["70000"])
-    lab.inn.create(vm_spec("alone", "tiny", memory="64M", disk="8M"), start=False).wait()
+    lab.inn.create(vm_spec("alone", "tiny", memory="192M", disk="8M"), start=False).wait()
     with pytest.raises(ApiError, match="no card in a network"):
         lab.inn.vm("alone").firewall.default("in", "deny")
     lab.inn.vm("alone").delete()
