@@ -170,6 +170,114 @@ def test_a_card_comes_and_goes_while_the_guest_runs_and_the_others_stay(lab, out
         web.nic_remove(2)
 
 
+def carrier(lab, vm):
+    """(whether the cable is in, how often it came and went), as the guest sees it."""
+    up, changes = sh(lab, vm, "cd /sys/class/net/eth0; cat carrier carrier_changes")[1].split()
+    return up == "1", int(changes)
+
+
+def asks_anew(lab, vm):
+    """Have a guest ask for its address, which busybox does not do by itself when the cable is in again."""
+    lease = "udhcpc -n -q -i eth0 -s /usr/lib/innkeeper/dhcp"
+    return sh(lab, vm, f"killall udhcpc; ip -4 addr flush dev eth0; {lease} 2>&1; ip -4 addr show eth0")[1]
+
+
+def master(lab, tap):
+    return json.loads(run(lab.namespace, "ip", "-j", "link", "show", "dev", tap))[0]["master"]
+
+
+def test_a_card_comes_into_another_network_while_the_guest_runs(lab):
+    web = lab.inn.vm("web")
+    (first,) = cards(web)
+    for wish, words in (
+        ({"model": "e1000e"}, "the model of card 0 is virtio for as long as web runs"),
+        ({"mac": "52:54:00:aa:bb:cc"}, "the MAC address of card 0 is"),
+        ({"network": "nowhere"}, "no network 'nowhere'"),
+        ({"network": "vault", "address": first["address"]}, "no address for a card in network vault"),
+    ):
+        with pytest.raises(ApiError, match=words):
+            web.nic_set(0, **wish).wait()
+    with pytest.raises(ApiError, match="the mode of card 0 is user"):
+        lab.inn.vm("home").nic_set(0, network="lab")
+    assert cards(web) == [first]
+    _, changes = carrier(lab, "web")
+    web.nic_set(0, network="vault").wait()
+    (card,) = cards(web)
+    assert card | {"network": "lab", "address": first["address"], "address6": first["address6"]} == first
+    assert eventually(lambda: carrier(lab, "web") == (True, changes + 2))
+    assert master(lab, first["tap"]) == lab.inn.network("vault")["bridge"]
+    assert card["address"] != first["address"] and f"inet {card['address']}/24" in asks_anew(lab, "web")
+    lab.kill()
+    lab.start()
+    assert cards(web) == [card] and master(lab, first["tap"]) == lab.inn.network("vault")["bridge"]
+    web.nic_set(0, network="lab", address=first["address"]).wait()
+    assert cards(web) == [first] and f"inet {first['address']}/24" in asks_anew(lab, "web")
+    assert sh(lab, "web", "ping -c 1 -W 10 10.77.0.1")[0] == 0
+
+
+def test_a_cable_is_pulled_out_and_put_in_also_of_a_fork(lab):
+    web = lab.inn.vm("web")
+    web.nic_set(0, link="down").wait()
+    assert eventually(lambda: not carrier(lab, "web")[0]) and web.nics[0]["link"] == "down"
+    fork = lab.inn.fork("web", name="likewise")
+    try:
+        assert not carrier(lab, "likewise")[0]
+        fork.nic_set(0, link="up").wait()
+        assert eventually(lambda: carrier(lab, "likewise")[0])
+        fork.nic_set(0, network="vault").wait()
+        assert f"inet {fork.nics[0]['address']}/24" in asks_anew(lab, "likewise")
+        fork.nic_set(0, link="down").wait()
+        fork.restart(force=True)
+        ready(fork)
+        assert not carrier(lab, "likewise")[0]
+    finally:
+        fork.delete(force=True)
+        web.nic_set(0, link="up").wait()
+    assert eventually(lambda: carrier(lab, "web")[0])
+
+
+FLOW = """
+import socket, sys, time
+address, port, send = sys.argv[1], int(sys.argv[2]), sys.argv[2] == "10"
+line = socket.create_connection((address, port), 20)
+line.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65536)
+line.settimeout(20)
+end, through = time.monotonic() + 4, 0
+while time.monotonic() < end:
+    through += line.send(bytes(16384)) if send else len(line.recv(65536))
+print(through)
+"""
+
+
+def test_a_card_with_a_limit_sends_and_receives_no_more_than_that(lab):
+    web, limit = lab.inn.vm("web"), 10_000_000
+    with pytest.raises(ApiError, match="mode 'user' takes no limit"):
+        lab.inn.vm("home").nic_set(0, limit="1mbit")
+    for serve in ("nc -l -p 9 </dev/zero", "nc -l -p 10 >/dev/null"):
+        sh(lab, "web", f"(while true; do {serve}; done) </dev/null >/dev/null 2>&1 &")
+    web.nic_set(0, limit="10mbit").wait()
+    tap, address = web.nics[0]["tap"], web.nics[0]["address"]
+    assert web.nics[0]["limit"] == limit
+
+    def within(port):
+        inside = ["nsenter", f"--net=/run/netns/{lab.namespace}", sys.executable, "-c", FLOW, address, port]
+        rate = int(subprocess.run(inside, capture_output=True, text=True, check=True).stdout) * 8 / 4
+        return limit * 0.3 < rate < limit * 1.5, rate
+
+    for port in ("9", "10"):
+        assert within(port)[0], (port, within(port))
+    run(lab.namespace, "tc", "qdisc", "del", "dev", tap, "root")
+    assert eventually(lambda: "tbf" in run(lab.namespace, "tc", "qdisc", "show", "dev", tap))
+    assert eventually(lambda: any("limit" in event["text"] for event in lab.inn.events()))
+    lab.kill()
+    run(lab.namespace, "tc", "qdisc", "del", "dev", tap, "root")
+    lab.start()
+    assert "rate 10Mbit" in run(lab.namespace, "tc", "qdisc", "show", "dev", tap)
+    web.nic_set(0, limit="none").wait()
+    assert "tbf" not in run(lab.namespace, "tc", "qdisc", "show", "dev", tap) and web.nics[0]["limit"] is None
+    assert "limit rate" not in run(lab.namespace, "nft", "list", "chain", "bridge", "innkeeper", tap)
+
+
 def test_an_address_belongs_to_one_card(lab):
     (first,) = lab.inn.vm("web").nics
     home = lab.inn.vm("home")

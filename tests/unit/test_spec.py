@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
+from innkeeper.base.units import format_rate
 from innkeeper.spec.disk import DiskSpec
 from innkeeper.spec.image import BuildRequest, ImportRequest, PullRequest
 from innkeeper.spec.manifest import ImageManifest, Manifest, VMManifest
@@ -280,3 +281,30 @@ def test_anything_at_all_is_taken_or_refused_by_name(value, field):
         VMSpec.model_validate({"name": "web", "image": "debian-12", field: value})
     except ValidationError as error:
         assert all(problem["loc"][:1] in ((field,), ()) for problem in error.errors())
+
+
+@pytest.mark.parametrize(
+    ("written", "bits", "said"),
+    [
+        ("100mbit", 10**8, "100mbit"),
+        ("1.5mbit", 1_500_000, "1500kbit"),
+        ("64kbit", 64_000, "64kbit"),
+        ("2.5 Gbit", 2_500_000_000, "2500mbit"),
+        ("1000001", 1_000_001, "1000001bit"),
+        (10**9, 10**9, "1gbit"),
+    ],
+)
+def test_rates(written, bits, said):
+    nic = NicSpec(mode="network", network="lab", limit=written)
+    assert nic.limit == bits and format_rate(bits) == said
+
+
+@pytest.mark.parametrize("written", ["", "fast", "100MB", "100mbps", "-1mbit", "63kbit", "33gbit", True, 0])
+def test_no_rates(written):
+    refusal(lambda: NicSpec(mode="network", network="lab", limit=written), "limit")
+
+
+def test_limits_and_links_are_of_cards_that_can_have_them():
+    assert "takes no limit" in refusal(lambda: NicSpec(limit="1mbit"))
+    assert "no cable" in refusal(lambda: NicSpec(mode="none", link="down"))
+    assert NicSpec(link="down").link == "down"

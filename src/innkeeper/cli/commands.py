@@ -14,6 +14,7 @@ from innkeeper.cli.arguments import (
     IMAGE,
     IMAGES,
     INSIDE,
+    LIMIT,
     MACHINES,
     NETWORK,
     NO_WAIT,
@@ -62,6 +63,7 @@ COMMANDS: tuple[C, ...] = (
             ),
             NETWORK,
             ADDRESS,
+            LIMIT,
             A(("--nic",), "user: NAT (default); none: cable not plugged in", {"choices": ("user", "none")}),
             A(
                 ("--env", "-e"),

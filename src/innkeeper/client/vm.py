@@ -143,12 +143,29 @@ class VM:
         model: str = "virtio",
         mac: str | None = None,
         address: str | None = None,
+        limit: str | int | None = None,
     ) -> Operation:
         """Plug in one more card, at once if it runs: into a network, or with QEMU's own NAT. `address`: in the
-        network, IPv4."""
-        nic = {"mode": "network" if network else mode, "network": network, "model": model, "mac": mac}
-        nic["address"] = address
+        network, IPv4; `limit`: in a network, `100mbit` or bits per second."""
+        where = {"mode": "network" if network else mode, "network": network, "address": address}
+        nic = where | {"model": model, "mac": mac, "limit": limit}
         return self._rewire({"do": "add", "nic": nic})
+
+    def nic_set(
+        self,
+        index: int,
+        *,
+        network: str | None = None,
+        address: str | None = None,
+        limit: str | int | None = None,
+        link: str | None = None,
+        model: str | None = None,
+        mac: str | None = None,
+    ) -> Operation:
+        """Change a card, at once if it runs: its network (where it gets another address), its limit (`100mbit`, `none`
+        for no more), its link (`up`, `down`). Another model or MAC is for a stopped VM."""
+        wish = {"network": network, "address": address, "limit": limit, "link": link, "model": model, "mac": mac}
+        return self._rewire({"do": "set", "index": index, **wish})
 
     def nic_remove(self, index: int) -> Operation:
         """Take a card away, once the guest has let go of it."""

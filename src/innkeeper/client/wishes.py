@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from innkeeper.base.errors import InvalidInput
-from innkeeper.base.units import parse_size
+from innkeeper.base.units import parse_rate, parse_size
 
 _PUBLISH = re.compile(r"(?:(?P<address>[^:]+):)?(?P<host>\d{1,5}):(?P<guest>\d{1,5})(?:/(?P<protocol>tcp|udp))?")
 
@@ -43,6 +43,7 @@ def vm_spec(
     nic: str | None = None,
     network: str | None = None,
     address: str | None = None,
+    limit: str | int | None = None,
     user: str | None = None,
     ssh_keys: Iterable[str] = (),
     user_data: str | None = None,
@@ -72,6 +73,8 @@ def vm_spec(
         card["network"] = network
     if address:
         card["address"] = address
+    if limit:
+        card["limit"] = parse_rate(limit)
     if nic == "none" and forwards:
         raise InvalidInput("ports cannot be published without a network card's cable", hint="drop `nic=none`")
     wish: dict[str, Any] = {

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -57,7 +57,7 @@ class Fabric:
                 await links.remove_bridge(stray)
             await firewall.sweep()
             await firewall.apply(self._rules())
-            await self._everything()
+            await self._everything(first=True)
 
     async def add(self, network: Network) -> None:
         """One more network. Raises `Unsupported`, `ToolMissing`, `NetworkFailed`; `remove` undoes what was done."""
@@ -101,6 +101,10 @@ class Fabric:
                     await firewall.apply(commands)
             except NetworkFailed:  # somebody has taken away what they build upon
                 await firewall.apply(self._rules())
+            old = {nic.tap: nic for nic in before}
+            await self._wire(
+                [nic for nic in nics if nic.tap in old and _wiring(old[nic.tap]) != _wiring(nic)], limits=True
+            )
             for network in {nic.network for nic in (*before, *nics) if nic.address} & self._networks.keys():
                 await self._resolver(self._networks[network]).ensure(self._of(network))
                 await self._listen(self._networks[network])
@@ -116,7 +120,7 @@ class Fabric:
                     if name not in nics:
                         raise NotFound(f"{name} is in no network", hint="inn info shows the VM's NICs")
                     opened.append(links.open_tap(name))
-                await links.ensure_attached({name: self._networks[nics[name].network].bridge for name in names})
+                await self._wire([nics[name] for name in names])
             except BaseException:
                 for fd in opened:
                     os.close(fd)
@@ -170,8 +174,8 @@ class Fabric:
 
     # --- the parts ---
 
-    async def _everything(self) -> list[str]:
-        """All but the rules is there; sentences about what was not."""
+    async def _everything(self, *, first: bool = False) -> list[str]:
+        """All but the rules is there; sentences about what was not. `first`: limits that nobody wants any more go."""
         found = []
         for network in self._networks.values():
             if network.onto_bridge:
@@ -179,9 +183,11 @@ class Fabric:
             ensured = links.ensure_bridge(network) if network.subnet else uplink.ensure(network, self._moved(network))
             if await ensured:
                 found += [f"bridge {network.bridge} of network {network.name} had been removed or changed: restored"]
-        taps = {nic.tap: self._networks[nic.network].bridge for cards in self._nics.values() for nic in cards}
-        if taps and (lost := await links.ensure_attached(taps)):
-            found.append(f"{len(lost)} NICs had lost their bridge: plugged in again")
+        lost, unlimited = await self._wire([nic for cards in self._nics.values() for nic in cards], limits=first)
+        if lost:
+            found.append(f"{lost} NICs had lost their bridge: plugged in again")
+        if unlimited:
+            found.append(f"{unlimited} NICs had lost their limit: limited again")
         for network in self._networks.values():
             if network.subnet and await self._resolver(network).ensure(self._of(network.id)):
                 found += [f"the dnsmasq of network {network.name} had ended: started again"]
@@ -193,6 +199,16 @@ class Fabric:
             if await self._listen(network):
                 found.append(f"the metadata service of network {network.name} was away: listens again")
         return found
+
+    async def _wire(self, nics: Collection[Nic], *, limits: bool = False) -> tuple[int, int]:
+        """Their taps, as far as they are there, are plugged into their bridges, with their limits; `limits`: also those
+        that have none any more. How many were not; how many had another limit."""
+        if not nics:
+            return 0, 0
+        lost = await links.ensure_attached({nic.tap: self._networks[nic.network].bridge for nic in nics})
+        if not limits and not any(nic.limit for nic in nics):
+            return len(lost), 0
+        return len(lost), len(await links.ensure_limits({nic.tap: nic.limit for nic in nics}))
 
     async def _listen(self, network: Network) -> bool:
         """The metadata service hears those guests that want it. True where it did not. Raises `NetworkFailed`."""
@@ -268,6 +284,10 @@ def _difference(before: tuple[Nic, ...], after: tuple[Nic, ...]) -> list[ruleset
                 *ruleset.publish_changed(old[tap], nic), *ruleset.metadata_removed(old[tap]), *ruleset.nic_added(nic),
             ]  # fmt: skip
     return commands
+
+
+def _wiring(nic: Nic) -> tuple[str, int | None]:
+    return nic.network, nic.limit
 
 
 async def _end_connections(before: tuple[Nic, ...], after: tuple[Nic, ...]) -> None:

@@ -33,8 +33,8 @@ async def write(ctx: Context) -> None:
     await follow(ctx.world, vm["id"])
 
 
-def _networks(spec: Value) -> list[tuple[str | None, str | None]]:
-    return [(nic.get("network"), nic.get("address")) for nic in spec["nics"]]
+def _networks(spec: Value) -> list[tuple[str | None, ...]]:
+    return [(nic.get("network"), nic.get("address"), nic.get("network") and nic.get("mac")) for nic in spec["nics"]]
 
 
 async def rewrite(ctx: Context, spec: VMSpec, identity: Value, *, pending: bool) -> None:

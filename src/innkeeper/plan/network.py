@@ -81,6 +81,8 @@ class Nic:
     address6: str | None
     publish: tuple[PortForward, ...] = ()
     metadata: bool = False
+    limit: int | None = None
+    """Bits per second in each direction."""
 
     @property
     def bridge(self) -> str:
@@ -144,7 +146,8 @@ def nics_of(
             address = None
         publish = tuple(PortForward.model_validate({**forward, "note": ""}) for forward in spec["publish"])
         metadata = bool(vm["spec"].get("metadata") and network.subnet)
-        found.append(Nic(vm["id"], vm["name"], index, network.id, mac, address, address6, publish, metadata))
+        limit = spec.get("limit")
+        found.append(Nic(vm["id"], vm["name"], index, network.id, mac, address, address6, publish, metadata, limit))
     return tuple(found)
 
 

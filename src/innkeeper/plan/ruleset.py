@@ -21,6 +21,8 @@ I: Command = {"family": "inet", "table": NAME}  # noqa: E741 - as B
 TABLES = (("bridge", NAME), ("inet", NAME))
 COUNTS = "-n"
 """Ends the name of the chain that counts what comes for a NIC's published ports."""
+SMALLEST_BURST = 128 * 1024
+"""Bytes of a limit's token bucket."""
 DROP: Expression = {"drop": None}
 ACCEPT: Expression = {"accept": None}
 IIF: Expression = {"meta": {"key": "iifname"}}
@@ -98,7 +100,7 @@ def nic_added(nic: Nic) -> list[Command]:
         {"add": {"counter": chain}},
         {"add": {"chain": chain}},
         {"flush": {"chain": chain}},
-        *(_rule(B, nic.tap, *rule) for rule in _own_packets(nic)),
+        *(_rule(B, nic.tap, *rule) for rule in (*_limited(nic), *_own_packets(nic))),
         {"add": {"element": B | {"name": "nics", "elem": [[nic.tap, {"jump": {"target": nic.tap}}]]}}},
         *metadata_added(nic),
         *publish_added(nic),
@@ -198,6 +200,17 @@ def _bridge() -> list[Command]:
         _rule(B, "from-guests", _match(IIF, f"{TAP}*"), {"vmap": {"key": IIF, "data": "@nics"}}),
         _rule(B, "from-guests", _match(IIF, f"{TAP}*"), DROP),
     ]
+
+
+def _limited(nic: Nic) -> list[list[Expression]]:
+    """What it sends above its limit is dropped. nftables' bucket has room for what the limit lets through in a second
+    (net/netfilter/nft_limit.c), so what TCP does not send while it waits for what was lost (200 ms), it may send then;
+    and for the burst, or no packet that a guest hands over in one piece (64 KiB) passed a low limit."""
+    if nic.limit is None:
+        return []
+    bucket = {"rate": nic.limit // 8, "rate_unit": "bytes", "burst": SMALLEST_BURST, "burst_unit": "bytes"}
+    over = bucket | {"per": "second", "inv": True}
+    return [[{"limit": over}, DROP]]
 
 
 def _own_packets(nic: Nic) -> list[list[Expression]]:

@@ -8,7 +8,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from innkeeper.spec.quantity import Model, Name
+from innkeeper.spec.quantity import Model, Name, Rate
 
 
 class PortForward(Model):
@@ -46,6 +46,10 @@ class NicSpec(Model):
     address: str | None = Field(
         default=None, description="Its IPv4 address in the network, for good; one that is free when absent"
     )
+    limit: Rate | None = Field(
+        default=None, description="Most bits per second in each direction, or text like 100mbit; for cards in networks"
+    )
+    link: Literal["up", "down"] = Field(default="up", description="down: as if somebody had pulled the cable out")
     publish: tuple[PortForward, ...] = ()
 
     @model_validator(mode="after")
@@ -56,6 +60,13 @@ class NicSpec(Model):
             )
         if self.address and self.mode != "network":
             raise ValueError(f"a card of mode {self.mode!r} gets no address from Innkeeper")
+        if self.limit and self.mode != "network":
+            raise ValueError(
+                f"a card of mode {self.mode!r} takes no limit: its packets pass nothing of the host's that could hold"
+                " them back; put it into a network"
+            )
+        if self.link == "down" and self.mode in ("none", "absent"):
+            raise ValueError(f"a card of mode {self.mode!r} has no cable to pull out")
         if self.publish and self.mode not in ("user", "network"):
             raise ValueError(f"a port cannot be published on a card of mode {self.mode!r}")
         return self

@@ -8,7 +8,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from innkeeper.base.errors import InvalidInput
 from innkeeper.base.ids import IMAGE_NAME_PATTERN, IMAGE_REFERENCE_PATTERN, NAME_PATTERN, VERSION_PATTERN
-from innkeeper.base.units import MIB, TIB, parse_size
+from innkeeper.base.units import MIB, TIB, parse_rate, parse_size
 
 
 def _size(value: object) -> int:
@@ -18,6 +18,15 @@ def _size(value: object) -> int:
         return parse_size(value)
     except InvalidInput as error:
         raise ValueError(f"{error.detail}; {error.hint}" if error.hint else error.detail) from None
+
+
+def _rate(value: object) -> int:
+    if not isinstance(value, (str, int)) or isinstance(value, bool):
+        raise ValueError("a rate is a number of bits per second or text like 100mbit")
+    try:
+        return parse_rate(value)
+    except InvalidInput as error:
+        raise ValueError(f"{error.detail}; {error.hint}") from None
 
 
 def _whole_mebibytes(value: int) -> int:
@@ -39,6 +48,10 @@ MemorySize = Annotated[
     AfterValidator(_whole_mebibytes),
 ]
 DiskSize = Annotated[int, BeforeValidator(_size, json_schema_input_type=int | str), Field(ge=MIB, le=64 * TIB)]
+
+SLOWEST, FASTEST = 64_000, 32_000_000_000
+"""Bits per second. Less is of no use to TCP, more is not in what tc(8) keeps of a token bucket's rate."""
+Rate = Annotated[int, BeforeValidator(_rate, json_schema_input_type=int | str), Field(ge=SLOWEST, le=FASTEST)]
 
 
 class Model(BaseModel):
