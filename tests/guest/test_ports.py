@@ -42,8 +42,9 @@ def lab(outside):
     """A daemon with networks `lab` (nat) and `vault` (internal), and the guests `web` in lab and `home` in none."""
     with namespace("inn") as host:
         run(host, "ip", "link", "add", "wan", "type", "veth", "peer", "name", "eth0", "netns", outside)
-        for where, link, address in ((host, "wan", "192.0.2.1/24"), (outside, "eth0", "192.0.2.2/24")):
-            run(where, "ip", "addr", "add", address, "dev", link)
+        for where, link, number in ((host, "wan", 1), (outside, "eth0", 2)):
+            run(where, "ip", "addr", "add", f"192.0.2.{number}/24", "dev", link)
+            run(where, "ip", "addr", "add", f"2001:db8:2::{number}/64", "dev", link, "nodad")
             run(where, "ip", "link", "set", link, "up")
         with running_daemon("tiny", namespace=host) as daemon:
             daemon.inn.network_create("lab").wait()
@@ -116,12 +117,47 @@ def test_a_port_is_visible_at_once_and_gone_at_once_with_the_connections_through
     assert [port["host"] for port in lab.inn.ports() if port["vm"] == "web"] == []
 
 
+HOLD6 = HOLD.replace("192.0.2.1", "2001:db8:2::1")
+
+
+def test_a_port_leads_in_over_both_ip_versions_or_the_one_of_its_address(lab, outside):
+    web = lab.inn.vm("web")
+    sh(lab, "web", f"({ECHO.replace('-p 7', '-p 8')}) </dev/null >/dev/null 2>&1 &")
+    web.publish("8080:80").wait()
+    web.publish("7007:8").wait()
+    for address in ("192.0.2.1", "[2001:db8:2::1]"):
+        assert get(outside, f"{address}:8080") == "hello", address
+        assert get(lab.namespace, f"{address}:8080") == "hello", address
+    for address in ("127.0.0.1", "localhost"):
+        assert get(lab.namespace, f"{address}:8080") == "hello", address
+    (page,) = [port for port in lab.inn.ports() if port["host"] == 8080]
+    assert page["address"] == "::" and page["packets"] > 6
+    inside = ["nsenter", f"--net=/run/netns/{outside}", sys.executable, "-c", HOLD6]
+    with subprocess.Popen(inside, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1) as line:
+        line.stdin.write("one\n")
+        assert line.stdout.readline() == "one\n"
+        web.unpublish(7007).wait()
+        line.stdin.write("two\n")
+        assert line.stdout.readline() in ("nothing\n", "closed\n")
+        line.stdin.close()
+    web.unpublish(8080).wait()
+    for address, there in (("0.0.0.0", (True, False)), ("2001:db8:2::1", (False, True))):
+        web.publish("8080:80", address=address).wait()
+        found = tuple(get(outside, f"{way}:8080") == "hello" for way in ("192.0.2.1", "[2001:db8:2::1]"))
+        assert found == there, address
+        web.unpublish(8080).wait()
+    with pytest.raises(ApiError, match="2001:db8::99 is no address of this host"):
+        web.publish("8080:80", address="2001:db8::99").wait()
+    with pytest.raises(ApiError, match="leads in over IPv4 only"):
+        lab.inn.vm("home").publish("8080:80", address="2001:db8:2::1")
+
+
 def test_a_port_of_qemus_own_nat_comes_and_goes_likewise(lab, outside):
     home = lab.inn.vm("home")
     home.publish("8080:80").wait()
     assert get(outside, "192.0.2.1:8080") == "hello"
     (page,) = [port for port in lab.inn.ports() if port["host"] == 8080]
-    assert page["packets"] is None and page["network"] is None
+    assert page["packets"] is None and page["network"] is None and page["address"] == "0.0.0.0"
     home.unpublish(8080).wait()
     assert get(outside, "192.0.2.1:8080") is None
     held = ["nsenter", f"--net=/run/netns/{lab.namespace}", sys.executable, "-c"]

@@ -149,7 +149,7 @@ def test_two_nics_of_one_address():
 
 
 @pytest.mark.parametrize(
-    "address", ["", "::1", "localhost", "127.1", "1.2.3.4.5", "127.0.0.1,x", "127.0.0.1-:22", "010.0.0.1"]
+    "address", ["", ":::1", "localhost", "127.1", "1.2.3.4.5", "127.0.0.1,x", "127.0.0.1-:22", "010.0.0.1"]
 )
 def test_no_addresses(address):
     assert "IPv4" in refusal(lambda: PortForward(host=1, guest=1, address=address), "address")
@@ -166,6 +166,23 @@ def test_a_port_is_published_once():
     for other in (one, (80, 81, "tcp", "127.0.0.1"), (80, 81, "tcp", "0.0.0.0")):
         assert "80/tcp" in refusal(lambda other=other: publish(one, other))
         assert "80/tcp" in refusal(lambda other=other: publish(other, one))
+    nat = {"mode": "network", "network": "lab"}
+    for one, other, clash in (
+        ("::", "::", True),
+        ("::", "127.0.0.1", True),
+        ("2001:db8::1", "::", True),
+        ("::", "0.0.0.0", True),
+        ("2001:db8::1", "0.0.0.0", False),
+        ("2001:db8::1", "127.0.0.1", False),
+    ):
+        nic = nat | {"publish": [{"host": 80, "guest": 80, "address": address} for address in (one, other)]}
+        if clash:
+            assert "80/tcp" in refusal(lambda nic=nic: vm(nics=[nic]))
+        else:
+            vm(nics=[nic])
+    nic = nat | {"publish": [{"host": 80, "guest": 80, "address": "::1"}]}
+    assert "127.0.0.1" in refusal(lambda: vm(nics=[nic]), "nics", "0")
+    assert "IPv4 only" in refusal(lambda: NicSpec(publish=(PortForward(host=80, guest=80, address="::"),)))
     for bad in (0, 65536, -1):
         refusal(lambda bad=bad: PortForward(host=bad, guest=1), "host")
         refusal(lambda bad=bad: PortForward(host=1, guest=bad), "guest")

@@ -42,6 +42,30 @@ def test_a_port_comes_and_goes():
         changed(spec, identity, Publish(forward=port(81), nic=1))
 
 
+def test_a_port_of_qemus_own_nat_is_ipv4():
+    spec, _ = changed(*vm(), Publish(forward=port(8080, address="::")))
+    assert spec.nics[0].publish == (port(8080, address="0.0.0.0"),)
+    with pytest.raises(InvalidInput, match="over IPv4 only, not from ::1"):
+        changed(*vm(), Publish(forward=port(8080, address="::1")))
+
+
+@pytest.mark.parametrize(
+    ("address", "families"),
+    [("::", [4, 6]), ("0.0.0.0", [4]), ("192.0.2.1", [4]), ("2001:db8::1", [6]), ("127.0.0.1", [4])],
+)
+def test_a_port_leads_in_over_the_ip_versions_of_its_address(address, families):
+    def targets(address6):
+        nic = Nic(
+            "0123456789ab", "web", 0, "n", "52:54:00:00:00:01", "10.77.0.2", address6, (port(80, address=address),)
+        )
+        rules = [c["add"]["rule"]["expr"] for c in ruleset.publish_added(nic) if "rule" in c.get("add", {})]
+        return [rule[-1]["dnat"]["addr"] for rule in rules if "dnat" in rule[-1]]
+
+    to = {4: "10.77.0.2", 6: "fd00::2"}
+    assert targets("fd00::2") == [to[version] for version in families]
+    assert targets(None) == [to[version] for version in families if version == 4]
+
+
 def test_a_port_needs_a_card_that_is_plugged_in():
     with pytest.raises(ActionRefused, match="no network card that is plugged in"):
         changed(*vm("nic-none"), Publish(forward=port(80)))

@@ -58,7 +58,7 @@ COMMANDS: tuple[C, ...] = (
             A(("--iso",), "disc of the host to boot once, like an installer", {"metavar": "FILE"}, "file"),
             A(
                 ("--publish", "-p"),
-                "host port that leads into the guest: [ADDRESS:]HOST:GUEST[/udp]; may be repeated",
+                "host port that leads into the guest: [ADDRESS:]HOST:GUEST[/udp], IPv6 in brackets; may be repeated",
                 {"metavar": "PORTS", "action": "append", "type": ports},
             ),
             NETWORK,

@@ -89,14 +89,19 @@ NETWORKS: tuple[C, ...] = (
         (
             VM,
             A(("mapping",), "HOST:GUEST, of UDP with /udp", {"metavar": "PORTS", "type": ports}),
-            A(("--bind",), "address of the host that listens; all by default", {"metavar": "ADDR"}),
+            A(
+                ("--bind",),
+                "address of the host that listens; :: (default) is all, 0.0.0.0 all of IPv4",
+                {"metavar": "ADDR"},
+            ),
             A(("--nic",), "number of the card; the first that is plugged in by default", {"metavar": "N", "type": int}),
             A(("--note",), "why, for people", {"metavar": "TEXT", "default": ""}),
             NO_WAIT,
         ),
         ("inn publish web 8080:80", "inn publish dns 53:53/udp --bind 192.0.2.1 --note 'for the lab'"),
         "document",
-        "IPv4. Into networks of mode nat, and through the user-mode NAT of a card without network.",
+        "Into networks of mode nat, over IPv4 and IPv6; and through the user-mode NAT of a card without network, which "
+        "does IPv4 only.",
     ),
     C(
         "unpublish",

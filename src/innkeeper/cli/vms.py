@@ -10,6 +10,7 @@ from innkeeper.base.units import format_age, format_rate, format_size
 from innkeeper.cli import terminal
 from innkeeper.cli.terminal import Cell
 from innkeeper.client import Innkeeper
+from innkeeper.client.wishes import endpoint
 
 
 def ls(inn: Innkeeper, args: Namespace) -> int:
@@ -67,7 +68,7 @@ def forwards(vm: dict[str, Any]) -> list[dict[str, Any]]:
 
 def forward(one: dict[str, Any]) -> str:
     address = one.get("address") or "127.0.0.1"
-    host = f"{one['host']}" if address == "127.0.0.1" else f"{address}:{one['host']}"
+    host = f"{one['host']}" if address == "127.0.0.1" else endpoint(address, one["host"])
     return f"{host}→{one['guest']}" + ("/udp" if one.get("protocol") == "udp" else "")
 
 
@@ -168,7 +169,7 @@ def _network(vm: dict[str, Any], spec: dict[str, Any], ssh: bool) -> list[tuple[
         lines.append(
             (
                 "" if index else "Ports",
-                [f"{address}:{one['host']}", (" → ", "dim"), f"{one['guest']}/{protocol}", (purpose, "dim")],
+                [endpoint(address, one["host"]), (" → ", "dim"), f"{one['guest']}/{protocol}", (purpose, "dim")],
             )
         )
     return lines

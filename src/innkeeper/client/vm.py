@@ -22,7 +22,7 @@ STDIN_INLINE = 1024 * 1024
 """Bytes of stdin that travel inside the exec request; more goes to a temporary file in the guest first."""
 
 
-EVERYWHERE = "0.0.0.0"
+EVERYWHERE = "::"
 """All IPv4 addresses of the host: where a port is published unless told otherwise."""
 
 
@@ -127,7 +127,7 @@ class VM:
         self, mapping: str, *, address: str = EVERYWHERE, nic: int | None = None, note: str = "", by: str = ""
     ) -> Operation:
         """Have a host port lead into the guest, `8080:80` or `5353:53/udp`, at once if it runs. `address` is the
-        host's that listens. Raises `InvalidInput`."""
+        host's that listens: all of IPv4 and IPv6 by default. Raises `InvalidInput`."""
         forward = {"address": address, "note": note} | parse_publish(mapping)
         return self._rewire({"do": "publish", "forward": forward, "nic": nic}, by)
 

@@ -14,11 +14,13 @@ from typing import Any
 from innkeeper.base.errors import InvalidInput
 from innkeeper.base.units import parse_rate, parse_size
 
-_PUBLISH = re.compile(r"(?:(?P<address>[^:]+):)?(?P<host>\d{1,5}):(?P<guest>\d{1,5})(?:/(?P<protocol>tcp|udp))?")
+_PUBLISH = re.compile(
+    r"(?:(?P<address>[^:\[\]]+|\[[^\[\]]+\]):)?(?P<host>\d{1,5}):(?P<guest>\d{1,5})(?:/(?P<protocol>tcp|udp))?"
+)
 
 
 def parse_publish(text: str) -> dict[str, Any]:
-    """`[ADDRESS:]HOST:GUEST[/udp]` → a port forward. Raises `InvalidInput`."""
+    """`[ADDRESS:]HOST:GUEST[/udp]` → a port forward; an IPv6 address is in brackets. Raises `InvalidInput`."""
     match = _PUBLISH.fullmatch(text.strip())
     if not match or not all(1 <= int(match[port]) <= 65535 for port in ("host", "guest")):
         raise InvalidInput(f"{text!r} is not a port to publish", hint="write [ADDRESS:]HOST:GUEST[/udp], like 8080:80")
@@ -26,8 +28,13 @@ def parse_publish(text: str) -> dict[str, Any]:
     if match["protocol"]:
         forward["protocol"] = match["protocol"]
     if match["address"]:
-        forward["address"] = match["address"]
+        forward["address"] = match["address"].strip("[]")
     return forward
+
+
+def endpoint(address: str, port: int) -> str:
+    """`127.0.0.1:80`, `[::]:80`."""
+    return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
 
 
 def vm_spec(

@@ -21,6 +21,7 @@ from innkeeper.network.traffic import Traffic
 from innkeeper.network.watch import Watch
 from innkeeper.plan import ruleset
 from innkeeper.plan.network import Network, Nic, Subnet
+from innkeeper.spec.nic import PortForward
 
 OWNER = "\0innkeeper-networks"
 """A name of the network namespace (unix(7)): whoever has it bound manages the networks there."""
@@ -292,8 +293,17 @@ def _wiring(nic: Nic) -> tuple[str, int | None]:
 
 async def _end_connections(before: tuple[Nic, ...], after: tuple[Nic, ...]) -> None:
     """Of ports that are published no more, or elsewhere."""
-    now = {(nic.address, forward) for nic in after if nic.address for forward in nic.publish}
-    gone = {(nic.address, forward) for nic in before if nic.address for forward in nic.publish} - now
-    for address, forward in gone:
+    for address, forward in _led_in(before) - _led_in(after):
         with suppress(NetworkFailed):
             await firewall.end_connections(forward.protocol, forward.host, address)
+
+
+def _led_in(nics: Iterable[Nic]) -> set[tuple[str, PortForward]]:
+    """(guest's address, what leads there)."""
+    return {
+        (address, forward)
+        for nic in nics
+        for version, address in ((4, nic.address), (6, nic.address6))
+        for forward in nic.publish
+        if address and version in forward.families
+    }

@@ -135,12 +135,17 @@ def publish_added(nic: Nic) -> list[Command]:
     chain = I | {"name": nic.tap}
     rules = []
     for forward in nic.publish:
-        if forward.address == "0.0.0.0":
-            where = _match({"fib": {"result": "type", "flags": ["daddr"]}}, "local")
-        else:
-            where = _match(_field("ip", "daddr"), forward.address)
-        to = {"dnat": {"family": "ip", "addr": nic.address, "port": forward.guest}}
-        rules.append(_rule(I, nic.tap, where, _match(_field(forward.protocol, "dport"), forward.host), to))
+        for version, ip, address in ((4, "ip", nic.address), (6, "ip6", nic.address6)):
+            if version not in forward.families or address is None:
+                continue
+            where = [_match(_field(ip, "daddr"), forward.address)]
+            if forward.everywhere:
+                where = [_match({"fib": {"result": "type", "flags": ["daddr"]}}, "local")]
+                # The kernel lets no answer come back to ::1 from a network. Who is refused there tries 127.0.0.1.
+                where += [_match(_field(ip, "daddr"), "::1", "!=")] if version == 6 else []
+            to = {"dnat": {"family": ip, "addr": address, "port": forward.guest}}
+            port = _match(_field(forward.protocol, "dport"), forward.host)
+            rules.append(_rule(I, nic.tap, _match({"meta": {"key": "nfproto"}}, f"ipv{version}"), *where, port, to))
     return [{"add": {"chain": chain}}, {"flush": {"chain": chain}}, *rules, *_published(nic, "add"), *_counted(nic)]
 
 
@@ -281,7 +286,8 @@ def _sets() -> list[Command]:
         *({"add": {"set": I | {"name": name, "type": kind}}} for name, kind in types.items()),
         *({"add": {"set": I | {"name": name, "type": kind, "flags": ["interval"]}}} for name, kind in ranges.items()),
         {"add": {"map": I | {"name": "published", "type": ["inet_proto", "inet_service"], "map": "verdict"}}},
-        {"add": {"map": I | {"name": "counted", "type": "ipv4_addr", "map": "verdict"}}},
+        {"add": {"map": I | {"name": "counted4", "type": "ipv4_addr", "map": "verdict"}}},
+        {"add": {"map": I | {"name": "counted6", "type": "ipv6_addr", "map": "verdict"}}},
     ]
 
 
@@ -378,9 +384,12 @@ def _translation() -> list[Command]:
         _chain(I, "published-out", "nat", "output", -100),
         _rule(I, "published-out", where),
         _chain(I, "counting", "filter", "postrouting", 0),
-        _rule(
-            I, "counting", _match(OIF, f"{BRIDGE}*"), _match({"ct": {"key": "status"}}, "dnat", "in"),
-            {"vmap": {"key": _field("ip", "daddr"), "data": "@counted"}},
+        *(
+            _rule(
+                I, "counting", _match(OIF, f"{BRIDGE}*"), _match({"ct": {"key": "status"}}, "dnat", "in"),
+                {"vmap": {"key": _field(ip, "daddr"), "data": f"@counted{version}"}},
+            )
+            for version, ip in ((4, "ip"), (6, "ip6"))
         ),
         _chain(I, "masquerade", "nat", "postrouting", 100),
         _rule(I, "masquerade", _match(_field("ip", "saddr"), "@nat4"), away, {"masquerade": None}),
@@ -418,15 +427,20 @@ def _counted(nic: Nic) -> list[Command]:
         )
         for protocol, port in _ports(nic)
     ]  # fmt: skip
-    return [{"add": chain}, {"flush": chain}, *rules, _element("counted", [nic.address, {"jump": {"target": name}}])]
+    return [{"add": chain}, {"flush": chain}, *rules, *_ways_to_counters(nic)]
 
 
 def _counted_no_more(nic: Nic) -> list[Command]:
     if not nic.publish:
         return []
     chain = {"chain": I | {"name": nic.tap + COUNTS}}
-    way = {"name": "counted", "elem": [[nic.address, {"jump": {"target": nic.tap + COUNTS}}]]}
-    return [{"delete": {"element": I | way}}, {"flush": chain}, {"delete": chain}]
+    ways = [{"delete": command["add"]} for command in _ways_to_counters(nic)]
+    return [*ways, {"flush": chain}, {"delete": chain}]
+
+
+def _ways_to_counters(nic: Nic) -> list[Command]:
+    jump, addresses = {"jump": {"target": nic.tap + COUNTS}}, {4: nic.address, 6: nic.address6}
+    return [_element(f"counted{version}", [address, jump]) for version, address in addresses.items() if address]
 
 
 def _ports(nic: Nic) -> list[tuple[str, int]]:

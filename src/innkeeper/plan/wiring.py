@@ -6,6 +6,7 @@ empty place where others are behind it, and the next one comes into the first em
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import assert_never
 
 from pydantic import ValidationError
@@ -13,7 +14,7 @@ from pydantic import ValidationError
 from innkeeper.base.errors import ActionRefused, InvalidInput, NotFound, PortTaken, Unsupported
 from innkeeper.plan.identity import Identity
 from innkeeper.plan.pci import SPARES
-from innkeeper.spec.nic import NicSpec, PortForward
+from innkeeper.spec.nic import EVERYWHERE, EVERYWHERE4, NicSpec, PortForward
 from innkeeper.spec.vm import VMSpec
 from innkeeper.spec.wiring import AddNic, Change, Publish, RemoveNic, SetNic, Unpublish
 
@@ -31,7 +32,9 @@ def changed(spec: VMSpec, identity: Identity, change: Change) -> tuple[VMSpec, I
         case Publish(forward=forward):
             index = _card(spec, change.nic)
             _check_unpublished(spec, identity, forward)
-            nics[index] = nics[index].model_copy(update={"publish": (*nics[index].publish, forward)})
+            if nics[index].mode == "user" and forward.address == EVERYWHERE:
+                forward = forward.model_copy(update={"address": EVERYWHERE4})  # all that there is
+            nics[index] = _with(nics[index], index, {"publish": (*nics[index].publish, forward)})
         case Unpublish(host=host, protocol=protocol):
             nics = [_without(nic, host, protocol) for nic in nics]
             if nics == list(spec.nics):
@@ -89,12 +92,17 @@ def _set(nic: NicSpec, change: SetNic) -> NicSpec:
         wish["limit"] = None
     if not wish:
         raise InvalidInput("nothing of the card is to change", hint="say what: --network, --limit, --link, …")
+    return _with(nic, change.index, wish)
+
+
+def _with(nic: NicSpec, index: int, fields: Mapping[str, object]) -> NicSpec:
+    """The card with these fields. Raises `InvalidInput`."""
     try:
-        return NicSpec.model_validate(nic.model_dump() | wish)
+        return NicSpec.model_validate({**dict(nic), **fields})
     except ValidationError as error:
         (first, *_) = error.errors()
         words = str(first["msg"]).removeprefix("Value error, ")
-        raise InvalidInput(f"card {change.index}: {words}", field=".".join(map(str, first["loc"]))) from None
+        raise InvalidInput(f"card {index}: {words}", field=".".join(map(str, first["loc"]))) from None
 
 
 def _existing(spec: VMSpec, index: int) -> NicSpec:
