@@ -156,7 +156,10 @@ def place_of(network: Network, nic: Nic) -> Place:
     assert network.subnet and network.gateway
     address = ipaddress.IPv4Interface(f"{nic.address}/{network.subnet.prefixlen}")
     gateway = ipaddress.IPv4Address(network.gateway)
-    return Place(address, gateway if network.mode == "nat" else None, gateway, network.domain, network.mtu)
+    if network.mode == "nat":
+        return Place(address, gateway, gateway, network.domain, network.mtu)
+    routes = ((ipaddress.IPv4Address(METADATA), gateway),) if nic.metadata else ()
+    return Place(address, None, gateway, network.domain, network.mtu, routes)
 
 
 def free_address(network: Network, taken: Collection[str]) -> str:
