@@ -260,7 +260,7 @@ def test_a_cable_is_pulled_out_and_put_in_also_of_a_fork(lab):
         assert not carrier(lab, "likewise")[0]
         fork.nic_set(0, link="up").wait()
         assert eventually(lambda: carrier(lab, "likewise")[0])
-        fork.nic_set(0, network="vault").wait()
+        fork.nic_set(0, network="vault").wait()  # where web has been before, at the same address
         assert f"inet {fork.nics[0]['address']}/24" in asks_anew(lab, "likewise")
         fork.nic_set(0, link="down").wait()
         fork.restart(force=True)

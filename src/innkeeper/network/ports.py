@@ -61,7 +61,7 @@ def is_free(port: int, proto: Protocol = "tcp", address: str = "0.0.0.0") -> boo
             if error.errno == errno.EADDRNOTAVAIL:
                 raise InvalidInput(
                     f"{address} is no address of this host",
-                    hint="inn host's own are in: ip addr; :: is all of them", field="address",
+                    hint="`ip addr` shows those that it has; :: is all of them", field="address",
                 ) from None  # fmt: skip
             raise
     return True

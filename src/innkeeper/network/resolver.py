@@ -7,6 +7,7 @@ have more. It is found again by two marks in its environment.
 from __future__ import annotations
 
 import asyncio
+import io
 import os
 import pwd
 import select
@@ -19,7 +20,7 @@ from pathlib import Path
 from time import monotonic
 
 from innkeeper.base.errors import NetworkFailed, ToolMissing
-from innkeeper.base.nofollow import open_file
+from innkeeper.base.nofollow import open_file, write_file
 from innkeeper.host.gather import find_tool
 from innkeeper.plan import resolver
 from innkeeper.plan.network import Network, Nic
@@ -109,9 +110,8 @@ class Resolver:
         path = self._folder / resolver.LEASES
         with open_file(path, MOST_LEASES) as file:
             lines = file.read().decode(errors="replace").splitlines(keepends=True)
-        path.unlink()
-        path.write_text("".join(line for line in lines if addresses.isdisjoint(line.split()[2:3])))
-        os.chown(path, user.pw_uid, user.pw_gid)
+        kept = "".join(line for line in lines if addresses.isdisjoint(line.split()[2:3]))
+        write_file(path, io.BytesIO(kept.encode()), user.pw_uid)
 
     def _write(self, name: str, text: str) -> bool:
         path = self._folder / name

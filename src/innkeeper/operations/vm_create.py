@@ -120,8 +120,8 @@ async def claim_ports(
         if mode != "nat":
             raise ActionRefused(
                 f"network {network} is {mode}: no port leads into it from outside",
-                hint="publish on a card in a network of mode nat" + (", or use the guest's own address on this host"
-                if mode == "host-only" else ""),
+                hint="publish on a card in a network of mode nat (inn unpublish takes a port away)"
+                + (", or use the guest's own address on this host" if mode == "host-only" else ""),
             )  # fmt: skip
         if beyond := [
             forward.address for forward in nic.publish if forward.families == (6,) and not document["prefix"]

@@ -88,7 +88,7 @@ def _set(nic: NicSpec, change: SetNic) -> NicSpec:
     wish = {key: value for key, value in change if key in NicSpec.model_fields and value is not None}
     if change.network not in (None, nic.network):
         wish = {"mode": "network", "address": None} | wish
-    if change.limit == "none":
+    if change.limit == 0:
         wish["limit"] = None
     if not wish:
         raise InvalidInput("nothing of the card is to change", hint="say what: --network, --limit, --link, …")

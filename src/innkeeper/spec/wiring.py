@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from innkeeper.spec.nic import NicSpec, PortForward
-from innkeeper.spec.quantity import Model, Name, Rate
+from innkeeper.spec.quantity import Model, Name, NewRate
 
 
 class Publish(Model):
@@ -52,7 +52,7 @@ class SetNic(Model):
     address: str | None = None
     model: Literal["virtio", "e1000e"] | None = None
     mac: str | None = None
-    limit: Rate | Literal["none"] | None = Field(default=None, description="none: as fast as it goes")
+    limit: NewRate | None = Field(default=None, description="Text like 100mbit, or none: as fast as it goes")
     link: Literal["up", "down"] | None = None
 
 
