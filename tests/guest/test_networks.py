@@ -59,10 +59,7 @@ def lab(host):
     before = of_host(host)
     with running_daemon("tiny", "tiny-net", namespace=host) as daemon:
         daemon.inn.network_create("lab").wait()
-        specs = [
-            vm_spec(name, image, memory="256M", disk="8M", network="lab")
-            for name, image in (("web", "tiny-net"), ("db", "tiny"))
-        ]
+        specs = [vm_spec(name, "tiny-net", memory="256M", disk="8M", network="lab") for name in ("web", "db")]
         for operation in [daemon.inn.create(spec) for spec in specs]:
             operation.wait()
         yield daemon
@@ -100,6 +97,38 @@ def test_the_internet_sees_the_hosts_address_over_both_ip_versions(lab, internet
                 )
         finally:
             server.kill()
+
+
+def test_a_card_with_a_limit_sends_and_receives_no_more_than_that(lab, host):
+    web, db, limit = lab.inn.vm("web"), lab.inn.vm("db").info["address"], 10_000_000
+    tap = web.nics[0]["tap"]
+    sh(lab, "db", "iperf3 -s -D")
+
+    def rate(*more):
+        """Bits per second that came through TCP, of five seconds."""
+        ended, said = sh(lab, "web", f"iperf3 -J -t 5 -c {db} {' '.join(more)}")
+        assert ended, said
+        return json.loads(said)["end"]["sum_received"]["bits_per_second"]
+
+    def queue():
+        return run(host, "tc", "qdisc", "show", "dev", tap)
+
+    web.nic_set(0, limit="10mbit").wait()
+    assert web.nics[0]["limit"] == limit
+    assert limit * 0.3 < rate() < limit * 1.5
+    assert limit * 0.3 < rate("-R") < limit * 1.5
+    run(host, "tc", "qdisc", "del", "dev", tap, "root")
+    assert eventually(lambda: "tbf" in queue())
+    assert eventually(lambda: any("limit" in event["text"] for event in lab.inn.events()))
+    lab.kill()
+    run(host, "tc", "qdisc", "del", "dev", tap, "root")
+    lab.start()
+    assert "rate 10Mbit" in queue()
+    assert "limit rate" in run(host, "nft", "list", "chain", "bridge", "innkeeper", tap)
+    web.nic_set(0, limit="none").wait()
+    assert "tbf" not in queue() and web.nics[0]["limit"] is None
+    assert "limit rate" not in run(host, "nft", "list", "chain", "bridge", "innkeeper", tap)
+    sh(lab, "db", "killall iperf3")
 
 
 def test_an_address_that_is_not_its_own_gets_a_guest_nowhere(lab):

@@ -272,48 +272,6 @@ def test_a_cable_is_pulled_out_and_put_in_also_of_a_fork(lab):
     assert eventually(lambda: carrier(lab, "web")[0])
 
 
-FLOW = """
-import socket, sys, time
-address, port, send = sys.argv[1], int(sys.argv[2]), sys.argv[2] == "10"
-line = socket.create_connection((address, port), 20)
-line.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65536)
-line.settimeout(20)
-end, through = time.monotonic() + 4, 0
-while time.monotonic() < end:
-    through += line.send(bytes(16384)) if send else len(line.recv(65536))
-print(through)
-"""
-
-
-def test_a_card_with_a_limit_sends_and_receives_no_more_than_that(lab):
-    web, limit = lab.inn.vm("web"), 10_000_000
-    with pytest.raises(ApiError, match="mode 'user' takes no limit"):
-        lab.inn.vm("home").nic_set(0, limit="1mbit")
-    for serve in ("nc -l -p 9 </dev/zero", "nc -l -p 10 >/dev/null"):
-        sh(lab, "web", f"(while true; do {serve}; done) </dev/null >/dev/null 2>&1 &")
-    web.nic_set(0, limit="10mbit").wait()
-    tap, address = web.nics[0]["tap"], web.nics[0]["address"]
-    assert web.nics[0]["limit"] == limit
-
-    def within(port):
-        inside = ["nsenter", f"--net=/run/netns/{lab.namespace}", sys.executable, "-c", FLOW, address, port]
-        rate = int(subprocess.run(inside, capture_output=True, text=True, check=True).stdout) * 8 / 4
-        return limit * 0.3 < rate < limit * 1.5, rate
-
-    for port in ("9", "10"):
-        assert within(port)[0], (port, within(port))
-    run(lab.namespace, "tc", "qdisc", "del", "dev", tap, "root")
-    assert eventually(lambda: "tbf" in run(lab.namespace, "tc", "qdisc", "show", "dev", tap))
-    assert eventually(lambda: any("limit" in event["text"] for event in lab.inn.events()))
-    lab.kill()
-    run(lab.namespace, "tc", "qdisc", "del", "dev", tap, "root")
-    lab.start()
-    assert "rate 10Mbit" in run(lab.namespace, "tc", "qdisc", "show", "dev", tap)
-    web.nic_set(0, limit="none").wait()
-    assert "tbf" not in run(lab.namespace, "tc", "qdisc", "show", "dev", tap) and web.nics[0]["limit"] is None
-    assert "limit rate" not in run(lab.namespace, "nft", "list", "chain", "bridge", "innkeeper", tap)
-
-
 def test_an_address_belongs_to_one_card(lab):
     (first,) = lab.inn.vm("web").nics
     home = lab.inn.vm("home")
