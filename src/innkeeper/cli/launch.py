@@ -57,6 +57,7 @@ def launch(inn: Innkeeper, args: Namespace) -> int:
         "ignition": text(args, "ignition"),
         "env": environment(args, args.env or ()),
         "metadata": args.metadata,
+        "tags": args.tag or (),
         "note": args.note,
     }
     operation = _begin(inn, args, options)

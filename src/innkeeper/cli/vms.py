@@ -14,7 +14,7 @@ from innkeeper.client.wishes import endpoint
 
 
 def ls(inn: Innkeeper, args: Namespace) -> int:
-    documents = inn.vms()
+    documents = [vm for vm in inn.vms() if not args.tag or args.tag in (vm["spec"].get("tags") or ())]
     if args.output == "json":
         terminal.emit_json(documents)
     elif args.output == "name":
@@ -23,6 +23,8 @@ def ls(inn: Innkeeper, args: Namespace) -> int:
     elif documents:
         heads = ("NAME", "STATE", "IMAGE", "CPUS", "MEMORY", "ADDRESS", "PORTS", "SINCE", "NOTE")
         terminal.say(terminal.table(heads, [_row(document) for document in documents]))
+    elif args.tag:
+        terminal.note(f"no VM has the tag {args.tag}; inn tag add VM {args.tag}")
     else:
         terminal.note("no VMs yet; make one: inn launch debian-12")
     return 0
@@ -115,6 +117,8 @@ def _page(vm: dict[str, Any], ssh: bool) -> list[tuple[str, Any]]:
         rows.append(("Operation", [(operation["kind"], "cyan"), (f"  inn op show {operation['id']} -f", "dim")]))
     if spec.get("note"):
         rows.append(("Note", spec["note"]))
+    if spec.get("tags"):
+        rows.append(("Tags", " ".join(spec["tags"])))
     machine = vm.get("machine") or {}
     kind = {"kvm": "KVM", "tcg": "software emulation (TCG)"}.get(str(machine.get("accelerator")), "")
     rows += [
@@ -161,6 +165,8 @@ def _network(vm: dict[str, Any], spec: dict[str, Any], ssh: bool) -> list[tuple[
     for index, nic in enumerate(nic for nic in spec.get("nics") or () if nic.get("mode") != "absent"):
         address = vm.get("address") if not index and nic.get("network") else None
         lines.append(("" if index else "Network", " · ".join(filter(None, described(nic | {"address": address})))))
+    if firewall := _firewall(spec.get("firewall") or {}):
+        lines.append(("Firewall", [firewall, (f"  inn firewall ls {vm['name']}", "dim")]))
     if spec.get("metadata"):
         lines.append(("Metadata", ["http://169.254.169.254", ("  answers this guest", "dim")]))
     for index, one in enumerate(forwards(vm)):
@@ -173,6 +179,13 @@ def _network(vm: dict[str, Any], spec: dict[str, Any], ssh: bool) -> list[tuple[
             )
         )
     return lines
+
+
+def _firewall(firewall: dict[str, Any]) -> str:
+    denied = [way for way, name in (("in", "inbound"), ("out", "outbound")) if firewall.get(name) == "deny"]
+    count = len(firewall.get("rules") or ())
+    rules = f"{count} rule{'' if count == 1 else 's'}" if count else ""
+    return ", ".join(filter(None, (rules, f"else nothing {' or '.join(denied)}" if denied else "")))
 
 
 def _actions(vm: dict[str, Any]) -> list[tuple[str, Any]]:

@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 from innkeeper.client.errors import ApiError, DaemonUnreachable
+from innkeeper.client.firewall import Firewall
 from innkeeper.client.operation import Operation, Progress
 from innkeeper.client.snapshots import Snapshots
 from innkeeper.client.wishes import parse_publish
@@ -173,6 +174,11 @@ class VM:
 
     def _rewire(self, change: dict[str, Any], by: str = "") -> Operation:
         return self._innkeeper.operate("POST", self._path("/nics"), document={"change": change, "by": by})
+
+    @property
+    def firewall(self) -> Firewall:
+        """What its cards in networks let in and out, and its tags."""
+        return Firewall(self._innkeeper, self.name)
 
     @property
     def snapshots(self) -> Snapshots:

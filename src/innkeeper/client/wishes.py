@@ -58,6 +58,7 @@ def vm_spec(
     ignition: str | None = None,
     env: Mapping[str, str] | None = None,
     metadata: bool = False,
+    tags: Iterable[str] = (),
     note: str = "",
 ) -> dict[str, Any]:
     """A VM spec. Sizes are bytes or text like `2G`; `disk` is the first disk's size, or one size per disk.
@@ -95,6 +96,7 @@ def vm_spec(
         "nics": [card] if nic or network or forwards else None,
         "first_boot": {key: value for key, value in first_boot.items() if value not in (None, [], {})} or None,
         "metadata": metadata or None,
+        "tags": list(tags) or None,
         "note": note or None,
     }
     if disk is not None:

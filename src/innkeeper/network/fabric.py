@@ -11,6 +11,7 @@ import os
 import socket
 from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 from innkeeper.base.errors import NetworkFailed, NotFound, Unsupported
@@ -20,7 +21,9 @@ from innkeeper.network.resolver import Resolver
 from innkeeper.network.traffic import Traffic
 from innkeeper.network.watch import Watch
 from innkeeper.plan import ruleset
+from innkeeper.plan.filter import Attempt, groups, groups_changed, reason
 from innkeeper.plan.network import Network, Nic, Subnet
+from innkeeper.plan.nft import Command
 from innkeeper.spec.nic import PortForward
 
 OWNER = "\0innkeeper-networks"
@@ -34,6 +37,8 @@ class Fabric:
         self._folder, self._home = folder, home
         self._networks: dict[str, Network] = {}
         self._nics: dict[str, tuple[Nic, ...]] = {}
+        self._groups: dict[str, frozenset[str]] = {}
+        """Whom rules name, as the firewall has them."""
         self._resolvers: dict[str, Resolver] = {}
         self._lock = asyncio.Lock()
         self._owner: socket.socket | None = None
@@ -57,6 +62,7 @@ class Fabric:
             for stray in set(await links.bridges()) - names:
                 await links.remove_bridge(stray)
             await firewall.sweep()
+            self._groups = groups(self._all_nics())
             await firewall.apply(self._rules())
             await self._everything(first=True)
 
@@ -64,20 +70,24 @@ class Fabric:
         """One more network. Raises `Unsupported`, `ToolMissing`, `NetworkFailed`; `remove` undoes what was done."""
         async with self._lock:
             self._own()
+            others = self._networks.keys() - {network.id}
             self._networks[network.id] = network
-            await firewall.apply(self._rules())
+            await self._apply(ruleset.network_added(network) if others else self._rules())
             await self._everything()
 
     async def remove(self, network: Network) -> None:
         """The network is gone from the host, and with the last one everything else of ours."""
         async with self._lock:
             self._own()
-            self._networks.pop(network.id, None)
+            known = self._networks.pop(network.id, None)
             if network.subnet:
                 await self._resolver(network).end()
                 self._resolvers.pop(network.id)
                 await self._listen(network)
-            await firewall.apply(self._rules() if self._networks else ruleset.clear())
+            if not self._networks:
+                await firewall.apply(ruleset.clear())
+            elif known:
+                await self._apply(ruleset.network_removed(network))
             if network.subnet:
                 await links.remove_bridge(network.bridge)
             elif not network.onto_bridge:
@@ -93,22 +103,20 @@ class Fabric:
             before = self._nics.get(vm, ())
             if before == nics:
                 return
-            commands = _difference(before, nics)
             self._nics[vm] = nics
             if not nics:
                 del self._nics[vm]
-            try:
-                if commands:
-                    await firewall.apply(commands)
-            except NetworkFailed:  # somebody has taken away what they build upon
-                await firewall.apply(self._rules())
-            old = {nic.tap: nic for nic in before}
+            old, self._groups = self._groups, groups(self._all_nics())
+            first, last = groups_changed(old, self._groups)
+            await self._apply([*first, *_difference(before, nics), *last])
+            was = {nic.tap: nic for nic in before}
             await self._wire(
-                [nic for nic in nics if nic.tap in old and _wiring(old[nic.tap]) != _wiring(nic)], limits=True
+                [nic for nic in nics if nic.tap in was and _wiring(was[nic.tap]) != _wiring(nic)], limits=True
             )
-            for network in {nic.network for nic in (*before, *nics) if nic.address} & self._networks.keys():
-                await self._resolver(self._networks[network]).ensure(self._of(network))
-                await self._listen(self._networks[network])
+            for network in {told.network for told in _told(before) ^ _told(nics)}:
+                if known := self._networks.get(network):
+                    await self._resolver(known).ensure(self._of(network))
+                    await self._listen(known)
             await _end_connections(before, nics)
 
     async def open_taps(self, vm: str, names: Iterable[str]) -> list[int]:
@@ -160,6 +168,27 @@ class Fabric:
     async def dropped(self) -> dict[str, int]:
         """Packets that each tap had no right to send, since the rules were made."""
         return await firewall.dropped()
+
+    async def judged(self, vm: str) -> dict[str, tuple[int, int]]:
+        """(packets, bytes) that each rule of a VM and each default has judged, over its cards, since they were made."""
+        found: dict[str, tuple[int, int]] = {}
+        for nic in self._nics.get(vm, ()):
+            for rule, (packets, octets) in (await firewall.counted(nic.tap) if nic.filter else {}).items():
+                before = found.get(rule, (0, 0))
+                found[rule] = before[0] + packets, before[1] + octets
+        return found
+
+    async def denied(self, vm: str) -> list[tuple[Nic, Attempt, int | None, str | None]]:
+        """What a VM's rules have kept in or out within a day, the latest first: the card, what it was, the rule that is
+        why, None for the default, and the name of the peer, where that is a guest or the host."""
+        names = {address: nic.name for nic in self._all_nics() for address in nic.addresses}
+        names |= {str(own): "host" for each in self._networks.values() for own in (each.gateway, each.gateway6) if own}
+        found = []
+        for nic in self._nics.get(vm, ()):
+            for attempt in await firewall.attempts(nic.tap) if nic.filter else ():
+                why = reason(nic.filter, self._groups, attempt) if nic.filter else None
+                found.append((nic, attempt, why, names.get(attempt.peer)))
+        return sorted(found, key=lambda each: each[1].seconds)
 
     async def count(self) -> None:
         """Look at the counters of published ports, so that `traffic` knows."""
@@ -221,11 +250,23 @@ class Fabric:
             listener.end()
         return False
 
-    def _rules(self) -> list[ruleset.Command]:
-        return ruleset.everything(self._networks.values(), [nic for cards in self._nics.values() for nic in cards])
+    async def _apply(self, commands: list[Command]) -> None:
+        """A change of the firewall; all of it anew where somebody has taken away what that builds upon."""
+        if not commands:
+            return
+        try:
+            await firewall.apply(commands)
+        except NetworkFailed:
+            await firewall.apply(self._rules())
+
+    def _rules(self) -> list[Command]:
+        return ruleset.everything(self._networks.values(), self._all_nics())
+
+    def _all_nics(self) -> list[Nic]:
+        return [nic for cards in self._nics.values() for nic in cards]
 
     def _of(self, network: str) -> list[Nic]:
-        return [nic for cards in self._nics.values() for nic in cards if nic.network == network]
+        return [nic for nic in self._all_nics() if nic.network == network]
 
     def _resolver(self, network: Network) -> Resolver:
         if network.id not in self._resolvers:
@@ -271,24 +312,27 @@ class Fabric:
             self.watch.end()
 
 
-def _difference(before: tuple[Nic, ...], after: tuple[Nic, ...]) -> list[ruleset.Command]:
+def _difference(before: tuple[Nic, ...], after: tuple[Nic, ...]) -> list[Command]:
     """From the rules of these NICs to the rules of those."""
     old, new = {nic.tap: nic for nic in before}, {nic.tap: nic for nic in after}
-    commands: list[ruleset.Command] = []
+    commands: list[Command] = []
     for tap in old.keys() - new.keys():
         commands += ruleset.nic_removed(old[tap])
     for tap, nic in new.items():
         if tap not in old:
             commands += ruleset.nic_added(nic)
         elif old[tap] != nic:
-            commands += [
-                *ruleset.publish_changed(old[tap], nic), *ruleset.metadata_removed(old[tap]), *ruleset.nic_added(nic),
-            ]  # fmt: skip
+            commands += ruleset.nic_changed(old[tap], nic)
     return commands
 
 
 def _wiring(nic: Nic) -> tuple[str, int | None]:
     return nic.network, nic.limit
+
+
+def _told(nics: tuple[Nic, ...]) -> set[Nic]:
+    """What DHCP, DNS and the metadata service know of these NICs."""
+    return {replace(nic, publish=(), tags=(), filter=None, limit=None) for nic in nics if nic.address}
 
 
 async def _end_connections(before: tuple[Nic, ...], after: tuple[Nic, ...]) -> None:

@@ -12,7 +12,10 @@ from contextlib import asynccontextmanager
 from innkeeper.base.child import start_child
 from innkeeper.base.errors import NetworkFailed, ToolMissing
 from innkeeper.host.gather import find_tool
-from innkeeper.plan.ruleset import TABLES, Command, counts, objects
+from innkeeper.plan import filter
+from innkeeper.plan.filter import BOTH, DENIALS
+from innkeeper.plan.nft import NAME, Command
+from innkeeper.plan.ruleset import TABLES, counts, objects
 
 CHECK = "innkeeper-check-"
 """What the names of tables begin with that are there for one `inn network check`."""
@@ -37,6 +40,28 @@ async def dropped() -> dict[str, int]:
     """Packets of each NIC, by its tap, that it had no right to send."""
     found = [command["counter"] for command in await _listed() if "counter" in command]
     return {counter["name"]: int(counter["packets"]) for counter in found}
+
+
+async def counted(tap: str) -> dict[str, tuple[int, int]]:
+    """(packets, bytes) that each of a card's rules has judged since they were made, by its comment (plan/filter.py)."""
+    found: list[Command] = []
+    for direction in BOTH:
+        found += await _list("chain", f"{tap}-{direction}")
+    return filter.counted(found)
+
+
+async def attempts(tap: str) -> list[filter.Attempt]:
+    """What a card's rules have denied, the latest first."""
+    found: list[Command] = []
+    for end in DENIALS:
+        found += await _list("set", tap + end)
+    return filter.attempts(found)
+
+
+async def _list(kind: str, name: str) -> list[Command]:
+    status, text, _ = await _run("nft", "-j", "list", kind, "bridge", NAME, name)
+    found: list[Command] = json.loads(text)["nftables"] if status == 0 else []
+    return found
 
 
 async def connections(protocol: str, source: str, target: str, port: int) -> list[str]:

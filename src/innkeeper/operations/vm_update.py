@@ -14,6 +14,8 @@ from innkeeper.spec.vm import VMSpec
 from innkeeper.store.contract import Value
 
 CLAIMS = ("port/", "address/")
+AT_ONCE = ("firewall", "tags", "note")
+"""Fields of a spec that no QEMU has anything to do with."""
 
 
 async def write(ctx: Context) -> None:
@@ -29,8 +31,14 @@ async def write(ctx: Context) -> None:
     cards = vm["identity"].get("cards")
     if cards is not None and len(spec.nics) > cards + SPARES:
         cards = None
-    await rewrite(ctx, spec, {"cards": cards}, pending=vm["state"] in LIVE)
+    waits = vm["state"] in LIVE and (vm["pending"] or _of_qemu(public_spec(spec)) != _of_qemu(old))
+    await rewrite(ctx, spec, {"cards": cards}, pending=waits)
     await follow(ctx.world, vm["id"])
+
+
+def _of_qemu(spec: Value) -> Value:
+    """What a running QEMU keeps until the next start."""
+    return {field: value for field, value in spec.items() if field not in AT_ONCE}
 
 
 def _networks(spec: Value) -> list[tuple[str | None, ...]]:

@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from innkeeper.base.errors import InvalidInput, Unsupported
+from innkeeper.plan.filter import Filter, filter_of
 from innkeeper.plan.rebirth import Place
+from innkeeper.spec.firewall import FirewallSpec
 from innkeeper.spec.network import Mode, NetworkSpec
 from innkeeper.spec.nic import PortForward
 
@@ -81,6 +83,8 @@ class Nic:
     address6: str | None
     publish: tuple[PortForward, ...] = ()
     metadata: bool = False
+    tags: tuple[str, ...] = ()
+    filter: Filter | None = None
     limit: int | None = None
     """Bits per second in each direction."""
 
@@ -91,6 +95,11 @@ class Nic:
     @property
     def tap(self) -> str:
         return tap_name(self.vm, self.index)
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """All that it may send from, as far as that is ours to say."""
+        return tuple(filter(None, (self.address, self.address6, self.address and self.link_local)))
 
     @property
     def link_local(self) -> str:
@@ -137,6 +146,7 @@ def nics_of(
 ) -> tuple[Nic, ...]:
     """The cards of a VM that are in networks. `networks` by name; `addresses` by network id and NIC index."""
     found = []
+    rules, tags = FirewallSpec.model_validate(vm["spec"].get("firewall") or {}), tuple(vm["spec"].get("tags") or ())
     for index, (spec, mac) in enumerate(zip(vm["spec"]["nics"], vm["identity"]["macs"], strict=True)):
         network = networks.get(spec.get("network") or "")
         if network is None or (address := addresses.get((network.id, index))) is None:
@@ -146,8 +156,23 @@ def nics_of(
             address = None
         publish = tuple(PortForward.model_validate({**forward, "note": ""}) for forward in spec["publish"])
         metadata = bool(vm["spec"].get("metadata") and network.subnet)
-        limit = spec.get("limit")
-        found.append(Nic(vm["id"], vm["name"], index, network.id, mac, address, address6, publish, metadata, limit))
+        judged = filter_of(rules, network, networks)
+        found.append(
+            Nic(
+                vm["id"],
+                vm["name"],
+                index,
+                network.id,
+                mac,
+                address,
+                address6,
+                publish,
+                metadata,
+                tags,
+                judged,
+                spec.get("limit"),
+            )
+        )
     return tuple(found)
 
 

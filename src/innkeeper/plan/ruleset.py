@@ -11,28 +11,46 @@ import ipaddress
 from collections.abc import Iterable
 from typing import Any
 
+from innkeeper.plan.filter import (
+    OF_PACKETS,
+    filter_added,
+    filter_changed,
+    filter_maps,
+    filter_removed,
+    from_elsewhere,
+    groups,
+    groups_changed,
+    to_host,
+)  # fmt: skip
 from innkeeper.plan.network import BRIDGE, METADATA, METADATA_PORT, TAP, Network, Nic
+from innkeeper.plan.nft import (
+    ACCEPT,
+    DROP,
+    ETHERTYPE,
+    IIF,
+    NAME,
+    OIF,
+    PROTOCOL,
+    B,
+    Command,
+    Expression,
+    I,
+    chain,
+    field,
+    goto,
+    match,
+    prefix,
+    rule,
+)  # fmt: skip
 
-Command = dict[str, Any]
-Expression = dict[str, Any]
-NAME = "innkeeper"
-B: Command = {"family": "bridge", "table": NAME}
-I: Command = {"family": "inet", "table": NAME}  # noqa: E741 - as B
 TABLES = (("bridge", NAME), ("inet", NAME))
 COUNTS = "-n"
 """Ends the name of the chain that counts what comes for a NIC's published ports."""
 SMALLEST_BURST = 128 * 1024
 """Bytes of a limit's token bucket."""
-DROP: Expression = {"drop": None}
-ACCEPT: Expression = {"accept": None}
-IIF: Expression = {"meta": {"key": "iifname"}}
-OIF: Expression = {"meta": {"key": "oifname"}}
-PROTOCOL: Expression = {"meta": {"key": "l4proto"}}
 LOOPBACK = {"prefix": {"addr": "127.0.0.0", "len": 8}}
 TARGET: Expression = {"payload": {"base": "th", "offset": 64, "len": 128}}
 """The address that a neighbour solicitation or advertisement is about (RFC 4861, 4.3 and 4.4)."""
-ETHERTYPE: Expression = {"payload": {"base": "ll", "offset": 96, "len": 16}}
-"""As it came: `ether type` is what is inside a tag that the kernel has taken off."""
 BEHIND_FRAGMENT: Expression = {"exthdr": {"name": "frag", "field": "nexthdr"}}
 DISCOVERY = {
     "set": ["nd-router-solicit", "nd-router-advert", "nd-neighbor-solicit", "nd-neighbor-advert", "nd-redirect"]
@@ -53,11 +71,12 @@ def clear() -> list[Command]:
 
 def everything(networks: Iterable[Network], nics: Iterable[Nic]) -> list[Command]:
     """Both tables anew and whole: one transaction, in which no packet finds them absent."""
-    networks = list(networks)
+    networks, nics = list(networks), list(nics)
     commands = clear() + [{"add": {"table": {"family": family, "name": name}}} for family, name in TABLES]
-    commands += [*_bridge(), *_sets(), *_host(), *_between(), *_translation()]
+    commands += [*_sets(), *_bridge(), *_host(), *_between(), *_translation()]
     for network in networks:
         commands += network_added(network)
+    commands += groups_changed({}, groups(nics))[0]
     for nic in nics:
         commands += nic_added(nic)
     return commands
@@ -75,16 +94,19 @@ def network_added(network: Network) -> list[Command]:
     commands = [
         _element("gateways4", {"concat": [network.bridge, network.gateway]}),
         _element("loops", {"concat": [network.bridge, network.bridge]}),
+        _element("inside4", prefix(network.subnet)),
     ]
+    if network.prefix:
+        commands.append(_element("inside6", prefix(network.prefix)))
     if network.gateway6:
         commands.append(_element("gateways6", {"concat": [network.bridge, network.gateway6]}))
     if network.mode == "internal":
         commands.append(_element("internal", network.bridge))
     if network.mode == "nat":
         commands.append(_element("nat", network.bridge))
-        commands.append(_element("nat4", _prefix(network.subnet)))
+        commands.append(_element("nat4", prefix(network.subnet)))
         if network.prefix:
-            commands.append(_element("nat6", _prefix(network.prefix)))
+            commands.append(_element("nat6", prefix(network.prefix)))
     return commands
 
 
@@ -95,12 +117,30 @@ def network_removed(network: Network) -> list[Command]:
 
 def nic_added(nic: Nic) -> list[Command]:
     """The chains of one NIC, made or made anew, and the way to them."""
-    chain = {"family": "bridge", "table": NAME, "name": nic.tap}
     return [
-        {"add": {"counter": chain}},
-        {"add": {"chain": chain}},
-        {"flush": {"chain": chain}},
-        *(_rule(B, nic.tap, *rule) for rule in (*_limited(nic), *_own_packets(nic))),
+        *filter_added(nic),
+        *_nic_added(nic),
+    ]
+
+
+def nic_changed(old: Nic, new: Nic) -> list[Command]:
+    """The same NIC with other rules, ports or address."""
+    before, after = filter_changed(old, new)
+    published = [] if _leads_in(old) == _leads_in(new) else publish_changed(old, new)
+    return [*before, *published, *metadata_removed(old), *_nic_added(new), *after]
+
+
+def _leads_in(nic: Nic) -> tuple[object, ...]:
+    return nic.publish, nic.address, nic.address6
+
+
+def _nic_added(nic: Nic) -> list[Command]:
+    named = B | {"name": nic.tap}
+    return [
+        {"add": {"counter": named}},
+        {"add": {"chain": named}},
+        {"flush": {"chain": named}},
+        *(rule(B, nic.tap, *expressions) for expressions in (*_limited(nic), *_own_packets(nic))),
         {"add": {"element": B | {"name": "nics", "elem": [[nic.tap, {"jump": {"target": nic.tap}}]]}}},
         *metadata_added(nic),
         *publish_added(nic),
@@ -109,12 +149,13 @@ def nic_added(nic: Nic) -> list[Command]:
 
 def nic_removed(nic: Nic) -> list[Command]:
     """All of that away."""
-    chain = {"family": "bridge", "table": NAME, "name": nic.tap}
+    named = B | {"name": nic.tap}
     return [
         {"delete": {"element": B | {"name": "nics", "elem": [[nic.tap, {"jump": {"target": nic.tap}}]]}}},
-        {"flush": {"chain": chain}},
-        {"delete": {"chain": chain}},
-        {"delete": {"counter": chain}},
+        {"flush": {"chain": named}},
+        {"delete": {"chain": named}},
+        {"delete": {"counter": named}},
+        *filter_removed(nic),
         *metadata_removed(nic),
         *publish_removed(nic),
     ]
@@ -132,27 +173,27 @@ def metadata_removed(nic: Nic) -> list[Command]:
 
 def publish_added(nic: Nic) -> list[Command]:
     """What leads from outside to the published ports of one NIC."""
-    chain = I | {"name": nic.tap}
+    named = I | {"name": nic.tap}
     rules = []
     for forward in nic.publish:
         for version, ip, address in ((4, "ip", nic.address), (6, "ip6", nic.address6)):
             if version not in forward.families or address is None:
                 continue
-            where = [_match(_field(ip, "daddr"), forward.address)]
+            where = [match(field(ip, "daddr"), forward.address)]
             if forward.everywhere:
-                where = [_match({"fib": {"result": "type", "flags": ["daddr"]}}, "local")]
+                where = [match({"fib": {"result": "type", "flags": ["daddr"]}}, "local")]
                 # The kernel lets no answer come back to ::1 from a network. Who is refused there tries 127.0.0.1.
-                where += [_match(_field(ip, "daddr"), "::1", "!=")] if version == 6 else []
+                where += [match(field(ip, "daddr"), "::1", "!=")] if version == 6 else []
             to = {"dnat": {"family": ip, "addr": address, "port": forward.guest}}
-            port = _match(_field(forward.protocol, "dport"), forward.host)
-            rules.append(_rule(I, nic.tap, _match({"meta": {"key": "nfproto"}}, f"ipv{version}"), *where, port, to))
-    return [{"add": {"chain": chain}}, {"flush": {"chain": chain}}, *rules, *_published(nic, "add"), *_counted(nic)]
+            port = match(field(forward.protocol, "dport"), forward.host)
+            rules.append(rule(I, nic.tap, match({"meta": {"key": "nfproto"}}, f"ipv{version}"), *where, port, to))
+    return [{"add": {"chain": named}}, {"flush": {"chain": named}}, *rules, *_published(nic, "add"), *_counted(nic)]
 
 
 def publish_removed(nic: Nic) -> list[Command]:
     """The same away."""
-    chain = {"chain": I | {"name": nic.tap}}
-    return [*_published(nic, "delete"), {"flush": chain}, {"delete": chain}, *_counted_no_more(nic)]
+    named = {"chain": I | {"name": nic.tap}}
+    return [*_published(nic, "delete"), {"flush": named}, {"delete": named}, *_counted_no_more(nic)]
 
 
 def publish_changed(old: Nic, new: Nic) -> list[Command]:
@@ -164,10 +205,10 @@ def counts(listed: Iterable[Command]) -> dict[tuple[str, str, int], tuple[int, i
     """(tap, protocol, host port) → (packets, bytes) that came for a published port, in what `nft -j list` says."""
     found = {}
     for command in listed:
-        rule = command.get("rule", {})
-        if str(rule.get("chain", "")).endswith(COUNTS):
-            protocol, port, counter = rule["expr"]
-            key = rule["chain"].removesuffix(COUNTS), protocol["match"]["right"], int(port["match"]["right"])
+        said = command.get("rule", {})
+        if str(said.get("chain", "")).endswith(COUNTS):
+            protocol, port, counter = said["expr"]
+            key = said["chain"].removesuffix(COUNTS), protocol["match"]["right"], int(port["match"]["right"])
             found[key] = int(counter["counter"]["packets"]), int(counter["counter"]["bytes"])
     return found
 
@@ -184,7 +225,7 @@ def objects(commands: Iterable[Command]) -> set[str]:
                 rules[where] = rules.get(where, 0) + 1
             elif kind in ("table", "chain", "map", "set", "counter"):
                 found.add(f"{kind} {where}")
-            if kind in ("element", "map", "set"):
+            if kind in ("element", "map", "set") and not where.endswith(OF_PACKETS):
                 found |= {f"element {where} {_word(element)}" for element in what.get("elem", ())}
     return found | {f"rules {where}: {number}" for where, number in rules.items()}
 
@@ -198,12 +239,14 @@ def _word(element: Any) -> str:
 
 
 def _bridge() -> list[Command]:
-    """What guests send is looked at before the bridge sees it."""
+    """What guests send is looked at before the bridge sees it, what they get when it has."""
     return [
         {"add": {"map": B | {"name": "nics", "type": "ifname", "map": "verdict"}}},
-        _chain(B, "from-guests", "filter", "prerouting", -300),
-        _rule(B, "from-guests", _match(IIF, f"{TAP}*"), {"vmap": {"key": IIF, "data": "@nics"}}),
-        _rule(B, "from-guests", _match(IIF, f"{TAP}*"), DROP),
+        chain(B, "from-guests", "filter", "prerouting", -300),
+        rule(B, "from-guests", match(IIF, f"{TAP}*"), {"vmap": {"key": IIF, "data": "@nics"}}),
+        rule(B, "from-guests", match(IIF, f"{TAP}*"), DROP),
+        chain(B, "to-guests", "filter", "postrouting", 0),
+        rule(B, "to-guests", match(OIF, f"{TAP}*"), {"vmap": {"key": OIF, "data": "@filtered"}}),
     ]
 
 
@@ -226,28 +269,28 @@ def _own_packets(nic: Nic) -> list[list[Expression]]:
         return _own_packets_outside(nic, drop)
     addresses = [nic.link_local, *([nic.address6] if nic.address6 else [])]
     targets = {"set": ["0x" + ipaddress.IPv6Address(address).packed.hex() for address in addresses]}
-    kind = _field("icmpv6", "type")
-    nobody = _match(_field("ip6", "saddr"), "::")
+    kind = field("icmpv6", "type")
+    nobody = match(field("ip6", "saddr"), "::")
     return [
         *_nobodys(nic, drop),
-        [_match(_field("ip", "saddr"), nic.address), ACCEPT],
+        [match(field("ip", "saddr"), nic.address), _judged(nic)],
         [
-            _match(_field("arp", "saddr ether"), nic.mac),
-            _match(_field("arp", "saddr ip"), {"set": [nic.address, "0.0.0.0"]}),
+            match(field("arp", "saddr ether"), nic.mac),
+            match(field("arp", "saddr ip"), {"set": [nic.address, "0.0.0.0"]}),
             ACCEPT,
         ],
         [
-            _match(_field("ip", "saddr"), "0.0.0.0"),
-            _match(_field("ip", "daddr"), "255.255.255.255"),
-            _match(_field("udp", "sport"), 68),
-            _match(_field("udp", "dport"), 67),
+            match(field("ip", "saddr"), "0.0.0.0"),
+            match(field("ip", "daddr"), "255.255.255.255"),
+            match(field("udp", "sport"), 68),
+            match(field("udp", "dport"), 67),
             ACCEPT,
         ],
-        [_match(kind, {"set": ["nd-router-advert", "nd-redirect"]}), *drop],
-        [_match(kind, "nd-neighbor-advert"), _match(TARGET, targets, "!="), *drop],
-        [_match(_field("ip6", "saddr"), {"set": addresses}), ACCEPT],
-        [nobody, _match(kind, "nd-neighbor-solicit"), _match(TARGET, targets), ACCEPT],
-        [nobody, _match(kind, MEMBERSHIP), ACCEPT],
+        [match(kind, {"set": ["nd-router-advert", "nd-redirect"]}), *drop],
+        [match(kind, "nd-neighbor-advert"), match(TARGET, targets, "!="), *drop],
+        [match(field("ip6", "saddr"), {"set": addresses}), _judged(nic)],
+        [nobody, match(kind, "nd-neighbor-solicit"), match(TARGET, targets), ACCEPT],
+        [nobody, match(kind, MEMBERSHIP), ACCEPT],
         drop,
     ]
 
@@ -258,21 +301,26 @@ def _own_packets_outside(nic: Nic, drop: list[Expression]) -> list[list[Expressi
     marked: Expression = {"mangle": {"key": mark, "value": {"|": [mark, ON_THE_OUTSIDE]}}}
     return [
         *_nobodys(nic, drop),
-        [_match(_field("icmpv6", "type"), {"set": ["nd-router-advert", "nd-redirect"]}), *drop],
-        [_match(_field("arp", "saddr ether"), nic.mac, "!="), *drop],
-        [marked, ACCEPT],
+        [match(field("icmpv6", "type"), {"set": ["nd-router-advert", "nd-redirect"]}), *drop],
+        [match(field("arp", "saddr ether"), nic.mac, "!="), *drop],
+        [marked, _judged(nic)],
     ]
+
+
+def _judged(nic: Nic) -> Expression:
+    """What becomes of a packet that it may send: what its VM's rules say."""
+    return goto(f"{nic.tap}-out") if nic.filter else ACCEPT
 
 
 def _nobodys(nic: Nic, drop: list[Expression]) -> list[list[Expression]]:
     """What no guest sends: from another card, another protocol, in a VLAN of any kind, as a DHCP server, or such that
     nobody sees what it is before it is put together (RFC 7112, 6980)."""
     return [
-        [_match(_field("ether", "saddr"), nic.mac, "!="), *drop],
-        [_match(ETHERTYPE, {"set": [0x0800, 0x0806, 0x86DD]}, "!="), *drop],
-        [_match(_field("udp", "sport"), {"set": [67, 547]}), *drop],
-        [_match(BEHIND_FRAGMENT, UPPER_LAYERS, "!="), *drop],
-        [_match(BEHIND_FRAGMENT, 58), _match(_field("icmpv6", "type"), DISCOVERY), *drop],
+        [match(field("ether", "saddr"), nic.mac, "!="), *drop],
+        [match(ETHERTYPE, {"set": [0x0800, 0x0806, 0x86DD]}, "!="), *drop],
+        [match(field("udp", "sport"), {"set": [67, 547]}), *drop],
+        [match(BEHIND_FRAGMENT, UPPER_LAYERS, "!="), *drop],
+        [match(BEHIND_FRAGMENT, 58), match(field("icmpv6", "type"), DISCOVERY), *drop],
     ]
 
 
@@ -281,122 +329,132 @@ def _sets() -> list[Command]:
         "gateways4": ["ifname", "ipv4_addr"], "gateways6": ["ifname", "ipv6_addr"], "loops": ["ifname", "ifname"],
         "metadata": ["ifname", "ipv4_addr"], "internal": "ifname", "nat": "ifname", "bridged": "ifname",
     }  # fmt: skip
-    ranges = {"nat4": "ipv4_addr", "nat6": "ipv6_addr"}
+    ranges = {"nat4": "ipv4_addr", "nat6": "ipv6_addr", "inside4": "ipv4_addr", "inside6": "ipv6_addr"}
     return [
         *({"add": {"set": I | {"name": name, "type": kind}}} for name, kind in types.items()),
         *({"add": {"set": I | {"name": name, "type": kind, "flags": ["interval"]}}} for name, kind in ranges.items()),
         {"add": {"map": I | {"name": "published", "type": ["inet_proto", "inet_service"], "map": "verdict"}}},
         {"add": {"map": I | {"name": "counted4", "type": "ipv4_addr", "map": "verdict"}}},
         {"add": {"map": I | {"name": "counted6", "type": "ipv6_addr", "map": "verdict"}}},
+        *filter_maps(),
     ]
 
 
 def _host() -> list[Command]:
     """Guests reach of the host only DHCP, DNS and the ping of their own gateway, those that are bridged by us its ping;
     the host reaches all but internal networks."""
-    from_bridge, to_internal = _match(IIF, f"{BRIDGE}*"), _match(OIF, "@internal")
-    gateway4 = _match({"concat": [IIF, _field("ip", "daddr")]}, "@gateways4")
-    gateway6 = _match({"concat": [IIF, _field("ip6", "daddr")]}, "@gateways6")
-    established = _match({"ct": {"key": "state"}}, ["established", "related"], "in")
-    dns = [_match(PROTOCOL, {"set": ["tcp", "udp"]}), _match(_field("th", "dport"), 53), ACCEPT]
+    from_bridge, to_internal = match(IIF, f"{BRIDGE}*"), match(OIF, "@internal")
+    gateway4 = match({"concat": [IIF, field("ip", "daddr")]}, "@gateways4")
+    gateway6 = match({"concat": [IIF, field("ip6", "daddr")]}, "@gateways6")
+    established = match({"ct": {"key": "state"}}, ["established", "related"], "in")
+    dns = [match(PROTOCOL, {"set": ["tcp", "udp"]}), match(field("th", "dport"), 53), ACCEPT]
     return [
         {"add": {"chain": I | {"name": "to-host"}}},
-        _rule(I, "to-host", established, ACCEPT),
-        _rule(I, "to-host", gateway4, *dns),
-        _rule(I, "to-host", gateway6, *dns),
-        _rule(I, "to-host", gateway4, _match(_field("icmp", "type"), "echo-request"), ACCEPT),
-        _rule(I, "to-host", gateway6, _match(_field("icmpv6", "type"), "echo-request"), ACCEPT),
-        _rule(I, "to-host", ASKS, _match(_field("tcp", "dport"), METADATA_PORT), REDIRECTED, ACCEPT),
-        _rule(I, "to-host", _match(_field("udp", "dport"), {"set": [67, 547]}), ACCEPT),
-        _rule(I, "to-host", _match(_field("icmpv6", "type"), NEIGHBOURS), ACCEPT),
-        _rule(I, "to-host", DROP),
-        _chain(I, "input", "filter", "input", 0),
-        _rule(I, "input", from_bridge, {"jump": {"target": "to-host"}}),
+        rule(I, "to-host", established, ACCEPT),
+        rule(I, "to-host", gateway4, *dns),
+        rule(I, "to-host", gateway6, *dns),
+        rule(I, "to-host", gateway4, match(field("icmp", "type"), "echo-request"), ACCEPT),
+        rule(I, "to-host", gateway6, match(field("icmpv6", "type"), "echo-request"), ACCEPT),
+        rule(I, "to-host", ASKS, match(field("tcp", "dport"), METADATA_PORT), REDIRECTED, ACCEPT),
+        rule(I, "to-host", match(field("udp", "dport"), {"set": [67, 547]}), ACCEPT),
+        rule(I, "to-host", match(field("icmpv6", "type"), NEIGHBOURS), ACCEPT),
+        *to_host("to-host", IIF),
+        rule(I, "to-host", DROP),
+        chain(I, "input", "filter", "input", 0),
+        rule(I, "input", from_bridge, {"jump": {"target": "to-host"}}),
         {"add": {"chain": I | {"name": "to-host-outside"}}},
-        _rule(I, "to-host-outside", established, ACCEPT),
-        _rule(I, "to-host-outside", _match(_field("icmp", "type"), "echo-request"), ACCEPT),
-        _rule(I, "to-host-outside", _match(_field("icmpv6", "type"), "echo-request"), ACCEPT),
-        _rule(I, "to-host-outside", _match(_field("icmpv6", "type"), NEIGHBOURS), ACCEPT),
-        _rule(I, "to-host-outside", DROP),
-        _rule(I, "input", *_bridged_by_us(), {"jump": {"target": "to-host-outside"}}),
+        rule(I, "to-host-outside", established, ACCEPT),
+        rule(I, "to-host-outside", match(field("icmp", "type"), "echo-request"), ACCEPT),
+        rule(I, "to-host-outside", match(field("icmpv6", "type"), "echo-request"), ACCEPT),
+        rule(I, "to-host-outside", match(field("icmpv6", "type"), NEIGHBOURS), ACCEPT),
+        rule(I, "to-host-outside", DROP),
+        rule(I, "input", *_bridged_by_us(), {"jump": {"target": "to-host-outside"}}),
         {"add": {"chain": I | {"name": "to-internal"}}},
-        _rule(I, "to-internal", _match(PROTOCOL, "ipv6-icmp"), ACCEPT),
-        _rule(I, "to-internal", _match(_field("icmp", "type"), "echo-reply"), ACCEPT),
-        _rule(
-            I, "to-internal", _match(PROTOCOL, {"set": ["tcp", "udp"]}),
-            _match(_field("th", "sport"), {"set": [53, 67, 547]}), ACCEPT,
+        rule(I, "to-internal", match(PROTOCOL, "ipv6-icmp"), ACCEPT),
+        rule(I, "to-internal", match(field("icmp", "type"), "echo-reply"), ACCEPT),
+        rule(
+            I, "to-internal", match(PROTOCOL, {"set": ["tcp", "udp"]}),
+            match(field("th", "sport"), {"set": [53, 67, 547]}), ACCEPT,
         ),
-        _rule(
-            I, "to-internal", _match(_field("tcp", "sport"), METADATA_PORT), REDIRECTED,
-            _match({"ct": {"key": "direction"}}, "reply"), ACCEPT,
+        rule(
+            I, "to-internal", match(field("tcp", "sport"), METADATA_PORT), REDIRECTED,
+            match({"ct": {"key": "direction"}}, "reply"), ACCEPT,
         ),
-        _rule(I, "to-internal", DROP),
-        _chain(I, "output", "filter", "output", 0),
-        _rule(I, "output", to_internal, {"jump": {"target": "to-internal"}}),
+        rule(I, "to-internal", DROP),
+        chain(I, "output", "filter", "output", 0),
+        rule(I, "output", to_internal, {"jump": {"target": "to-internal"}}),
     ]  # fmt: skip
 
 
 def _between() -> list[Command]:
-    """From one network to another nothing; out from nat networks only; in what answers, or was published."""
-    from_bridge, to_bridge = _match(IIF, f"{BRIDGE}*"), _match(OIF, f"{BRIDGE}*")
-    within = _match({"concat": [IIF, OIF]}, "@loops")  # seen here only where br_netfilter is loaded
+    """From one network to another what a rule of the guest there lets in; out from nat networks only; in also what
+    answers, or was published."""
+    from_bridge, to_bridge = match(IIF, f"{BRIDGE}*"), match(OIF, f"{BRIDGE}*")
+    within = match({"concat": [IIF, OIF]}, "@loops")  # seen here only where br_netfilter is loaded
+    established = match({"ct": {"key": "state"}}, ["established", "related"], "in")
     return [
         {"add": {"chain": I | {"name": "leaving"}}},
         # Nobody routes link-local addresses; the metadata service of the cloud that the host runs in has such a one.
-        _rule(I, "leaving", _match(_field("ip", "daddr"), LINK_LOCAL), DROP),
-        _rule(I, "leaving", _match(_field("ip6", "daddr"), "fd00:ec2::254"), DROP),
-        _rule(I, "leaving", to_bridge, DROP),
-        _rule(I, "leaving", _match(IIF, "@nat"), ACCEPT),
-        _rule(I, "leaving", DROP),
+        rule(I, "leaving", match(field("ip", "daddr"), LINK_LOCAL), DROP),
+        rule(I, "leaving", match(field("ip6", "daddr"), "fd00:ec2::254"), DROP),
+        rule(I, "leaving", to_bridge, established, ACCEPT),
+        rule(I, "leaving", match(IIF, "@nat", "!="), DROP),
+        *from_elsewhere("leaving"),
+        rule(I, "leaving", to_bridge, DROP),
+        rule(I, "leaving", ACCEPT),
         {"add": {"chain": I | {"name": "entering"}}},
-        _rule(I, "entering", _match({"ct": {"key": "state"}}, ["established", "related"], "in"), ACCEPT),
-        _rule(I, "entering", _match({"ct": {"key": "status"}}, "dnat", "in"), ACCEPT),
-        _rule(I, "entering", DROP),
-        _chain(I, "forward", "filter", "forward", 0),
-        _rule(I, "forward", within, ACCEPT),
+        rule(I, "entering", established, ACCEPT),
+        rule(I, "entering", match({"ct": {"key": "status"}}, "dnat", "in"), ACCEPT),
+        # nobody outside is one of our guests
+        rule(I, "entering", match(field("ip", "saddr"), "@inside4"), DROP),
+        rule(I, "entering", match(field("ip6", "saddr"), "@inside6"), DROP),
+        *from_elsewhere("entering"),
+        rule(I, "entering", DROP),
+        chain(I, "forward", "filter", "forward", 0),
+        rule(I, "forward", within, ACCEPT),
         # The host is no router for them; what they answer to a guest behind its NAT goes on.
-        _rule(
+        rule(
             I,
             "forward",
             *_bridged_by_us(),
-            _match({"ct": {"key": "state"}}, {"set": ["established", "related"]}, "!="),
+            match({"ct": {"key": "state"}}, {"set": ["established", "related"]}, "!="),
             DROP,
         ),
-        _rule(I, "forward", from_bridge, {"jump": {"target": "leaving"}}),
-        _rule(I, "forward", to_bridge, {"jump": {"target": "entering"}}),
+        rule(I, "forward", from_bridge, {"jump": {"target": "leaving"}}),
+        rule(I, "forward", to_bridge, {"jump": {"target": "entering"}}),
     ]
 
 
 def _translation() -> list[Command]:
     """What leaves a nat network bears the host's address; what comes for a published port goes to its guest. Guests
     do not come in by published ports: they have names for each other."""
-    away = _match(OIF, f"{BRIDGE}*", "!=")
-    where = {"vmap": {"key": {"concat": [PROTOCOL, _field("th", "dport")]}, "data": "@published"}}
+    away = match(OIF, f"{BRIDGE}*", "!=")
+    where = {"vmap": {"key": {"concat": [PROTOCOL, field("th", "dport")]}, "data": "@published"}}
     return [
-        _chain(I, "published-in", "nat", "prerouting", -100),
-        _rule(
-            I, "published-in", ASKS, _match(_field("ip", "daddr"), METADATA), _match(_field("tcp", "dport"), 80),
+        chain(I, "published-in", "nat", "prerouting", -100),
+        rule(
+            I, "published-in", ASKS, match(field("ip", "daddr"), METADATA), match(field("tcp", "dport"), 80),
             # what systems send with: one less has been through a router or a container's bridge in the guest
-            _match(_field("ip", "ttl"), {"set": [64, 128, 255]}), {"redirect": {"port": METADATA_PORT}},
+            match(field("ip", "ttl"), {"set": [64, 128, 255]}), {"redirect": {"port": METADATA_PORT}},
         ),
-        _rule(I, "published-in", _match(IIF, f"{BRIDGE}*"), ACCEPT),
-        _rule(I, "published-in", where),
-        _chain(I, "published-out", "nat", "output", -100),
-        _rule(I, "published-out", where),
-        _chain(I, "counting", "filter", "postrouting", 0),
+        rule(I, "published-in", match(IIF, f"{BRIDGE}*"), ACCEPT),
+        rule(I, "published-in", where),
+        chain(I, "published-out", "nat", "output", -100),
+        rule(I, "published-out", where),
+        chain(I, "counting", "filter", "postrouting", 0),
         *(
-            _rule(
-                I, "counting", _match(OIF, f"{BRIDGE}*"), _match({"ct": {"key": "status"}}, "dnat", "in"),
-                {"vmap": {"key": _field(ip, "daddr"), "data": f"@counted{version}"}},
+            rule(
+                I, "counting", match(OIF, f"{BRIDGE}*"), match({"ct": {"key": "status"}}, "dnat", "in"),
+                {"vmap": {"key": field(ip, "daddr"), "data": f"@counted{version}"}},
             )
             for version, ip in ((4, "ip"), (6, "ip6"))
         ),
-        _chain(I, "masquerade", "nat", "postrouting", 100),
-        _rule(I, "masquerade", _match(_field("ip", "saddr"), "@nat4"), away, {"masquerade": None}),
-        _rule(I, "masquerade", _match(_field("ip6", "saddr"), "@nat6"), away, {"masquerade": None}),
+        chain(I, "masquerade", "nat", "postrouting", 100),
+        rule(I, "masquerade", match(field("ip", "saddr"), "@nat4"), away, {"masquerade": None}),
+        rule(I, "masquerade", match(field("ip6", "saddr"), "@nat6"), away, {"masquerade": None}),
         # the host's loopback, for ports that are published there only
-        _rule(
-            I, "masquerade", _match(_field("ip", "saddr"), LOOPBACK), _match(OIF, f"{BRIDGE}*"), {"masquerade": None}
+        rule(
+            I, "masquerade", match(field("ip", "saddr"), LOOPBACK), match(OIF, f"{BRIDGE}*"), {"masquerade": None}
         ),
     ]  # fmt: skip
 
@@ -404,7 +462,7 @@ def _translation() -> list[Command]:
 def _bridged_by_us() -> list[Expression]:
     """From a guest, not from another machine of that network."""
     marked: Expression = {"&": [{"meta": {"key": "mark"}}, ON_THE_OUTSIDE]}
-    return [_match(IIF, "@bridged"), _match(marked, ON_THE_OUTSIDE)]
+    return [match(IIF, "@bridged"), match(marked, ON_THE_OUTSIDE)]
 
 
 def _published(nic: Nic, verb: str) -> list[Command]:
@@ -419,23 +477,23 @@ def _counted(nic: Nic) -> list[Command]:
     if not nic.publish:
         return []
     name = nic.tap + COUNTS
-    chain = {"chain": I | {"name": name}}
+    named = {"chain": I | {"name": name}}
     rules = [
-        _rule(
-            I, name, _match(PROTOCOL, protocol), _match({"ct": {"key": "proto-dst", "dir": "original"}}, port),
+        rule(
+            I, name, match(PROTOCOL, protocol), match({"ct": {"key": "proto-dst", "dir": "original"}}, port),
             {"counter": {"packets": 0, "bytes": 0}},
         )
         for protocol, port in _ports(nic)
     ]  # fmt: skip
-    return [{"add": chain}, {"flush": chain}, *rules, *_ways_to_counters(nic)]
+    return [{"add": named}, {"flush": named}, *rules, *_ways_to_counters(nic)]
 
 
 def _counted_no_more(nic: Nic) -> list[Command]:
     if not nic.publish:
         return []
-    chain = {"chain": I | {"name": nic.tap + COUNTS}}
+    named = {"chain": I | {"name": nic.tap + COUNTS}}
     ways = [{"delete": command["add"]} for command in _ways_to_counters(nic)]
-    return [*ways, {"flush": chain}, {"delete": chain}]
+    return [*ways, {"flush": named}, {"delete": named}]
 
 
 def _ways_to_counters(nic: Nic) -> list[Command]:
@@ -447,30 +505,10 @@ def _ports(nic: Nic) -> list[tuple[str, int]]:
     return sorted({(forward.protocol, forward.host) for forward in nic.publish})
 
 
-def _chain(table: Command, name: str, kind: str, hook: str, priority: int) -> Command:
-    return {"add": {"chain": table | {"name": name, "type": kind, "hook": hook, "prio": priority, "policy": "accept"}}}
-
-
-def _rule(table: Command, chain: str, *expressions: Expression) -> Command:
-    return {"add": {"rule": table | {"chain": chain, "expr": list(expressions)}}}
-
-
 def _element(name: str, element: Any) -> Command:
     return {"add": {"element": I | {"name": name, "elem": [element]}}}
 
 
-def _match(left: Expression, right: Any, op: str = "==") -> Expression:
-    return {"match": {"op": op, "left": left, "right": right}}
-
-
-def _field(protocol: str, field: str) -> Expression:
-    return {"payload": {"protocol": protocol, "field": field}}
-
-
-def _prefix(network: ipaddress.IPv4Network | ipaddress.IPv6Network) -> Expression:
-    return {"prefix": {"addr": str(network.network_address), "len": network.prefixlen}}
-
-
-LINK_LOCAL = _prefix(ipaddress.IPv4Network("169.254.0.0/16"))
-ASKS = _match({"concat": [IIF, _field("ip", "saddr")]}, "@metadata")
-REDIRECTED = _match({"ct": {"key": "status"}}, "dnat", "in")
+LINK_LOCAL = prefix(ipaddress.IPv4Network("169.254.0.0/16"))
+ASKS = match({"concat": [IIF, field("ip", "saddr")]}, "@metadata")
+REDIRECTED = match({"ct": {"key": "status"}}, "dnat", "in")

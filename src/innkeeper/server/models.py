@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
+from innkeeper.spec.firewall import FirewallChange, FirewallRule
 from innkeeper.spec.network import Mode
 from innkeeper.spec.quantity import ImageName, ImageReference, Model, Name
 from innkeeper.spec.vm import VMSpec
@@ -190,6 +191,42 @@ class NicView(Open):
     dropped: int | None
 
 
+class FirewallRuleView(FirewallRule):
+    """`packets` and `bytes` that it has judged since the rules were last changed."""
+
+    number: int
+    packets: int
+    bytes: int
+
+
+class FirewallView(Open):
+    """What a VM's cards in networks let in and out: the first rule that fits counts, then `inbound` or `outbound`.
+    `defaults`: packets that these have judged."""
+
+    vm: str
+    inbound: Literal["allow", "deny"]
+    outbound: Literal["allow", "deny"]
+    tags: list[str]
+    rules: list[FirewallRuleView]
+    defaults: dict[Literal["in", "out"], int]
+
+
+class DeniedView(Open):
+    """What was denied: `packets` from or to `peer`, the last of them at `last`. `name` is the peer's where it is a
+    guest or the host, `port` the receiver's, `rule` the number of the rule that denies it as the rules are now, null
+    for the default."""
+
+    nic: int
+    direction: Literal["in", "out"]
+    protocol: str
+    peer: str
+    name: str | None
+    port: int | None
+    packets: int
+    last: str
+    rule: int | None
+
+
 class PortView(Open):
     """A host port that leads into a VM. `packets` and `bytes` came for it since the daemon's start, the last of them
     before `last`; null where QEMU's own NAT has it, which does not count."""
@@ -294,6 +331,12 @@ class NicsRequest(Model):
 
     change: Change
     by: str = Field(default="", max_length=200, description="Who asks for it, for people")
+
+
+class FirewallRequest(Model):
+    """Change a VM's firewall rules or tags."""
+
+    change: FirewallChange
 
 
 class SnapshotRequest(Model):

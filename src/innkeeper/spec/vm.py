@@ -9,6 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from innkeeper.base.units import GIB
 from innkeeper.spec.disk import DiskSpec
+from innkeeper.spec.firewall import FirewallSpec
 from innkeeper.spec.nic import NicSpec
 from innkeeper.spec.quantity import ImageReference, MemorySize, Model, Name
 
@@ -73,7 +74,16 @@ class VMSpec(Model):
     metadata: bool = Field(
         default=False, description="The guest can ask 169.254.169.254 for its own data, user-data included"
     )
+    tags: tuple[Name, ...] = Field(
+        default=(), max_length=50, description="Words that firewall rules and `inn ls` know it by, with others"
+    )
+    firewall: FirewallSpec = Field(default=FirewallSpec(), description="What its cards in networks let in and out")
     note: str = Field(default="", max_length=1000, description="Free text for people")
+
+    @field_validator("tags")
+    @classmethod
+    def _each_once(cls, tags: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(sorted(set(tags)))
 
     @field_validator("iso")
     @classmethod
