@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from innkeeper.cli.parser import duration, size
+from innkeeper.cli.parser import duration, rate, size
 from innkeeper.cli.table import Argument as A
 
 FORMATS = ("qcow2", "raw", "vmdk", "vdi", "vhdx", "vpc")
@@ -32,6 +32,11 @@ SSH_KEY = A(
 )
 ADDRESS = A(("--address",), "its IPv4 address in the network; a free one by default", {"metavar": "ADDRESS"})
 NETWORK = A(("--network",), "network to join, made with inn network create", {"metavar": "NETWORK"}, "network")
+LIMIT = A(
+    ("--limit",),
+    "most that it sends, and most that it receives, per second, like 100mbit",
+    {"metavar": "RATE", "type": rate},
+)
 USER_DATA = A(("--user-data",), "cloud-init user-data; - is stdin", {"metavar": "FILE"}, "file")
 
 SNAPSHOT = A(("snapshot",), "name or id of the snapshot", {"metavar": "SNAP"})

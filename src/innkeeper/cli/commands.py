@@ -14,6 +14,7 @@ from innkeeper.cli.arguments import (
     IMAGE,
     IMAGES,
     INSIDE,
+    LIMIT,
     MACHINES,
     NETWORK,
     NO_WAIT,
@@ -58,11 +59,12 @@ COMMANDS: tuple[C, ...] = (
             A(("--iso",), "disc of the host to boot once, like an installer", {"metavar": "FILE"}, "file"),
             A(
                 ("--publish", "-p"),
-                "host port that leads into the guest: [ADDRESS:]HOST:GUEST[/udp]; may be repeated",
+                "host port that leads into the guest: [ADDRESS:]HOST:GUEST[/udp], IPv6 in brackets; may be repeated",
                 {"metavar": "PORTS", "action": "append", "type": ports},
             ),
             NETWORK,
             ADDRESS,
+            LIMIT,
             A(("--nic",), "user: NAT (default); none: cable not plugged in", {"choices": ("user", "none")}),
             A(
                 ("--env", "-e"),

@@ -31,6 +31,8 @@ def launch(inn: Innkeeper, args: Namespace) -> int:
         raise usage_error(args, "--network and --nic are two ways of saying where the card is plugged in: drop one")
     if args.address and not args.network:
         raise usage_error(args, "--address is in a network: add --network (inn network ls)")
+    if args.limit and not args.network:
+        raise usage_error(args, "--limit is of a card in a network: add --network (inn network ls)")
     if args.metadata and not args.network:
         raise usage_error(args, "--metadata is asked through a network: add --network (inn network ls)")
     if args.iso and not Path(args.iso).is_file():
@@ -47,6 +49,7 @@ def launch(inn: Innkeeper, args: Namespace) -> int:
         "nic": args.nic,
         "network": args.network,
         "address": args.address,
+        "limit": args.limit,
         "user": args.user,
         "ssh_keys": keys,
         "user_data": text(args, "user_data"),

@@ -6,10 +6,11 @@ from argparse import Namespace
 from typing import Any
 
 from innkeeper.base.clock import age
-from innkeeper.base.units import format_age, format_size
+from innkeeper.base.units import format_age, format_rate, format_size
 from innkeeper.cli import terminal
 from innkeeper.cli.terminal import Cell
 from innkeeper.client import Innkeeper
+from innkeeper.client.wishes import endpoint
 
 
 def ls(inn: Innkeeper, args: Namespace) -> int:
@@ -69,8 +70,21 @@ def forwards(vm: dict[str, Any]) -> list[dict[str, Any]]:
 
 def forward(one: dict[str, Any]) -> str:
     address = one.get("address") or "127.0.0.1"
-    host = f"{one['host']}" if address == "127.0.0.1" else f"{address}:{one['host']}"
+    host = f"{one['host']}" if address == "127.0.0.1" else endpoint(address, one["host"])
     return f"{host}→{one['guest']}" + ("/udp" if one.get("protocol") == "udp" else "")
+
+
+def described(card: dict[str, Any]) -> tuple[str, ...]:
+    """Where a card is plugged in, its address, its limit, and whether its cable is in; as a spec or the API has it."""
+    words = {"user": "user-mode NAT", "none": "cable not plugged in"}
+    return (
+        f"in {card['network']}" if card.get("network") else words.get(card["mode"], card["mode"]),
+        card.get("address") or "",
+        f"at most {format_rate(card['limit'])}" if card.get("limit") else "",
+        "link down" if card.get("link") == "down" else "",
+        card.get("model") or "",
+        card.get("mac") or "",
+    )
 
 
 def info(inn: Innkeeper, args: Namespace) -> int:
@@ -149,11 +163,8 @@ def _disks(vm: dict[str, Any]) -> list[tuple[str, Any]]:
 def _network(vm: dict[str, Any], spec: dict[str, Any], ssh: bool) -> list[tuple[str, Any]]:
     lines: list[tuple[str, Any]] = []
     for index, nic in enumerate(nic for nic in spec.get("nics") or () if nic.get("mode") != "absent"):
-        mode = {"user": "user-mode NAT", "none": "cable not plugged in"}.get(nic.get("mode", ""), nic.get("mode", ""))
-        if nic.get("mode") == "network":
-            mode = f"in {nic['network']}" + (f", {vm['address']}" if not index and vm.get("address") else "")
-        parts = (mode, nic.get("model"), nic.get("mac"))
-        lines.append(("" if index else "Network", " · ".join(str(part) for part in parts if part)))
+        address = vm.get("address") if not index and nic.get("network") else None
+        lines.append(("" if index else "Network", " · ".join(filter(None, described(nic | {"address": address})))))
     if firewall := _firewall(spec.get("firewall") or {}):
         lines.append(("Firewall", [firewall, (f"  inn firewall ls {vm['name']}", "dim")]))
     if spec.get("metadata"):
@@ -164,7 +175,7 @@ def _network(vm: dict[str, Any], spec: dict[str, Any], ssh: bool) -> list[tuple[
         lines.append(
             (
                 "" if index else "Ports",
-                [f"{address}:{one['host']}", (" → ", "dim"), f"{one['guest']}/{protocol}", (purpose, "dim")],
+                [endpoint(address, one["host"]), (" → ", "dim"), f"{one['guest']}/{protocol}", (purpose, "dim")],
             )
         )
     return lines

@@ -23,7 +23,7 @@ STDIN_INLINE = 1024 * 1024
 """Bytes of stdin that travel inside the exec request; more goes to a temporary file in the guest first."""
 
 
-EVERYWHERE = "0.0.0.0"
+EVERYWHERE = "::"
 """All IPv4 addresses of the host: where a port is published unless told otherwise."""
 
 
@@ -128,7 +128,7 @@ class VM:
         self, mapping: str, *, address: str = EVERYWHERE, nic: int | None = None, note: str = "", by: str = ""
     ) -> Operation:
         """Have a host port lead into the guest, `8080:80` or `5353:53/udp`, at once if it runs. `address` is the
-        host's that listens. Raises `InvalidInput`."""
+        host's that listens: all of IPv4 and IPv6 by default. Raises `InvalidInput`."""
         forward = {"address": address, "note": note} | parse_publish(mapping)
         return self._rewire({"do": "publish", "forward": forward, "nic": nic}, by)
 
@@ -144,12 +144,29 @@ class VM:
         model: str = "virtio",
         mac: str | None = None,
         address: str | None = None,
+        limit: str | int | None = None,
     ) -> Operation:
         """Plug in one more card, at once if it runs: into a network, or with QEMU's own NAT. `address`: in the
-        network, IPv4."""
-        nic = {"mode": "network" if network else mode, "network": network, "model": model, "mac": mac}
-        nic["address"] = address
+        network, IPv4; `limit`: in a network, `100mbit` or bits per second."""
+        where = {"mode": "network" if network else mode, "network": network, "address": address}
+        nic = where | {"model": model, "mac": mac, "limit": limit}
         return self._rewire({"do": "add", "nic": nic})
+
+    def nic_set(
+        self,
+        index: int,
+        *,
+        network: str | None = None,
+        address: str | None = None,
+        limit: str | int | None = None,
+        link: str | None = None,
+        model: str | None = None,
+        mac: str | None = None,
+    ) -> Operation:
+        """Change a card, at once if it runs: its network (where it gets another address), its limit (`100mbit`, `none`
+        for no more), its link (`up`, `down`). Another model or MAC is for a stopped VM."""
+        wish = {"network": network, "address": address, "limit": limit, "link": link, "model": model, "mac": mac}
+        return self._rewire({"do": "set", "index": index, **wish})
 
     def nic_remove(self, index: int) -> Operation:
         """Take a card away, once the guest has let go of it."""

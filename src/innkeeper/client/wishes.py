@@ -12,13 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from innkeeper.base.errors import InvalidInput
-from innkeeper.base.units import parse_size
+from innkeeper.base.units import parse_rate, parse_size
 
-_PUBLISH = re.compile(r"(?:(?P<address>[^:]+):)?(?P<host>\d{1,5}):(?P<guest>\d{1,5})(?:/(?P<protocol>tcp|udp))?")
+_PUBLISH = re.compile(
+    r"(?:(?P<address>[^:\[\]]+|\[[^\[\]]+\]):)?(?P<host>\d{1,5}):(?P<guest>\d{1,5})(?:/(?P<protocol>tcp|udp))?"
+)
 
 
 def parse_publish(text: str) -> dict[str, Any]:
-    """`[ADDRESS:]HOST:GUEST[/udp]` → a port forward. Raises `InvalidInput`."""
+    """`[ADDRESS:]HOST:GUEST[/udp]` → a port forward; an IPv6 address is in brackets. Raises `InvalidInput`."""
     match = _PUBLISH.fullmatch(text.strip())
     if not match or not all(1 <= int(match[port]) <= 65535 for port in ("host", "guest")):
         raise InvalidInput(f"{text!r} is not a port to publish", hint="write [ADDRESS:]HOST:GUEST[/udp], like 8080:80")
@@ -26,8 +28,13 @@ def parse_publish(text: str) -> dict[str, Any]:
     if match["protocol"]:
         forward["protocol"] = match["protocol"]
     if match["address"]:
-        forward["address"] = match["address"]
+        forward["address"] = match["address"].strip("[]")
     return forward
+
+
+def endpoint(address: str, port: int) -> str:
+    """`127.0.0.1:80`, `[::]:80`."""
+    return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
 
 
 def vm_spec(
@@ -43,6 +50,7 @@ def vm_spec(
     nic: str | None = None,
     network: str | None = None,
     address: str | None = None,
+    limit: str | int | None = None,
     user: str | None = None,
     ssh_keys: Iterable[str] = (),
     user_data: str | None = None,
@@ -73,6 +81,8 @@ def vm_spec(
         card["network"] = network
     if address:
         card["address"] = address
+    if limit:
+        card["limit"] = parse_rate(limit)
     if nic == "none" and forwards:
         raise InvalidInput("ports cannot be published without a network card's cable", hint="drop `nic=none`")
     wish: dict[str, Any] = {

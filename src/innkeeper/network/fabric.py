@@ -24,6 +24,7 @@ from innkeeper.plan import filter, ruleset
 from innkeeper.plan.filter import Attempt, reason, with_addresses
 from innkeeper.plan.network import Network, Nic, Subnet
 from innkeeper.plan.nft import Command
+from innkeeper.spec.nic import PortForward
 
 OWNER = "\0innkeeper-networks"
 """A name of the network namespace (unix(7)): whoever has it bound manages the networks there."""
@@ -65,7 +66,7 @@ class Fabric:
             self._ruled, self._tagged = {}, {}
             self._judge(self._nics)
             await firewall.apply(self._rules())
-            await self._everything()
+            await self._everything(first=True)
 
     async def add(self, network: Network) -> None:
         """One more network. Raises `Unsupported`, `ToolMissing`, `NetworkFailed`; `remove` undoes what was done."""
@@ -108,6 +109,10 @@ class Fabric:
             if not nics:
                 del self._nics[vm]
             await self._apply(self._judge([vm]))
+            was = {nic.tap: nic for nic in before}
+            await self._wire(
+                [nic for nic in nics if nic.tap in was and _wiring(was[nic.tap]) != _wiring(nic)], limits=True
+            )
             for network in {told.network for told in _told(before) ^ _told(nics)}:
                 if known := self._networks.get(network):
                     await self._resolver(known).ensure(self._of(network))
@@ -124,7 +129,7 @@ class Fabric:
                     if name not in nics:
                         raise NotFound(f"{name} is in no network", hint="inn info shows the VM's NICs")
                     opened.append(links.open_tap(name))
-                await links.ensure_attached({name: self._networks[nics[name].network].bridge for name in names})
+                await self._wire([nics[name] for name in names])
             except BaseException:
                 for fd in opened:
                     os.close(fd)
@@ -200,8 +205,8 @@ class Fabric:
 
     # --- the parts ---
 
-    async def _everything(self) -> list[str]:
-        """All but the rules is there; sentences about what was not."""
+    async def _everything(self, *, first: bool = False) -> list[str]:
+        """All but the rules is there; sentences about what was not. `first`: limits that nobody wants any more go."""
         found = []
         for network in self._networks.values():
             if network.onto_bridge:
@@ -209,9 +214,11 @@ class Fabric:
             ensured = links.ensure_bridge(network) if network.subnet else uplink.ensure(network, self._moved(network))
             if await ensured:
                 found += [f"bridge {network.bridge} of network {network.name} had been removed or changed: restored"]
-        taps = {nic.tap: self._networks[nic.network].bridge for cards in self._nics.values() for nic in cards}
-        if taps and (lost := await links.ensure_attached(taps)):
-            found.append(f"{len(lost)} NICs had lost their bridge: plugged in again")
+        lost, unlimited = await self._wire([nic for cards in self._nics.values() for nic in cards], limits=first)
+        if lost:
+            found.append(f"{lost} NICs had lost their bridge: plugged in again")
+        if unlimited:
+            found.append(f"{unlimited} NICs had lost their limit: limited again")
         for network in self._networks.values():
             if network.subnet and await self._resolver(network).ensure(self._of(network.id)):
                 found += [f"the dnsmasq of network {network.name} had ended: started again"]
@@ -223,6 +230,16 @@ class Fabric:
             if await self._listen(network):
                 found.append(f"the metadata service of network {network.name} was away: listens again")
         return found
+
+    async def _wire(self, nics: Collection[Nic], *, limits: bool = False) -> tuple[int, int]:
+        """Their taps, as far as they are there, are plugged into their bridges, with their limits; `limits`: also those
+        that have none any more. How many were not; how many had another limit."""
+        if not nics:
+            return 0, 0
+        lost = await links.ensure_attached({nic.tap: self._networks[nic.network].bridge for nic in nics})
+        if not limits and not any(nic.limit for nic in nics):
+            return len(lost), 0
+        return len(lost), len(await links.ensure_limits({nic.tap: nic.limit for nic in nics}))
 
     async def _listen(self, network: Network) -> bool:
         """The metadata service hears those guests that want it. True where it did not. Raises `NetworkFailed`."""
@@ -332,15 +349,28 @@ def _difference(before: tuple[Nic, ...], after: tuple[Nic, ...]) -> list[Command
     return commands
 
 
+def _wiring(nic: Nic) -> tuple[str, int | None]:
+    return nic.network, nic.limit
+
+
 def _told(nics: tuple[Nic, ...]) -> set[Nic]:
     """What DHCP, DNS and the metadata service know of these NICs."""
-    return {replace(nic, publish=(), tags=(), filter=None) for nic in nics if nic.address}
+    return {replace(nic, publish=(), tags=(), filter=None, limit=None) for nic in nics if nic.address}
 
 
 async def _end_connections(before: tuple[Nic, ...], after: tuple[Nic, ...]) -> None:
     """Of ports that are published no more, or elsewhere."""
-    now = {(nic.address, forward) for nic in after if nic.address for forward in nic.publish}
-    gone = {(nic.address, forward) for nic in before if nic.address for forward in nic.publish} - now
-    for address, forward in gone:
+    for address, forward in _led_in(before) - _led_in(after):
         with suppress(NetworkFailed):
             await firewall.end_connections(forward.protocol, forward.host, address)
+
+
+def _led_in(nics: Iterable[Nic]) -> set[tuple[str, PortForward]]:
+    """(guest's address, what leads there)."""
+    return {
+        (address, forward)
+        for nic in nics
+        for version, address in ((4, nic.address), (6, nic.address6))
+        for forward in nic.publish
+        if address and version in forward.families
+    }

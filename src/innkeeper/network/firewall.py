@@ -76,7 +76,8 @@ async def published() -> dict[tuple[str, str, int], tuple[int, int]]:
 async def end_connections(protocol: str, port: int, address: str) -> None:
     """Forget the connections that came for a published port to `address`: their next packets lead nowhere."""
     # conntrack ends with 1 where there was none
-    await _run("conntrack", "-D", "-p", protocol, "--orig-port-dst", str(port), "--reply-src", address)
+    family = "ipv6" if ":" in address else "ipv4"
+    await _run("conntrack", "-D", "-f", family, "-p", protocol, "--orig-port-dst", str(port), "--reply-src", address)
 
 
 @asynccontextmanager

@@ -41,8 +41,8 @@ def _of_qemu(spec: Value) -> Value:
     return {field: value for field, value in spec.items() if field not in AT_ONCE}
 
 
-def _networks(spec: Value) -> list[tuple[str | None, str | None]]:
-    return [(nic.get("network"), nic.get("address")) for nic in spec["nics"]]
+def _networks(spec: Value) -> list[tuple[str | None, ...]]:
+    return [(nic.get("network"), nic.get("address"), nic.get("network") and nic.get("mac")) for nic in spec["nics"]]
 
 
 async def rewrite(ctx: Context, spec: VMSpec, identity: Value, *, pending: bool) -> None:

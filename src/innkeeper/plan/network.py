@@ -86,6 +86,8 @@ class Nic:
     metadata: bool = False
     tags: tuple[str, ...] = ()
     filter: Filter | None = None
+    limit: int | None = None
+    """Bits per second in each direction."""
 
     @property
     def bridge(self) -> str:
@@ -157,7 +159,20 @@ def nics_of(
         metadata = bool(vm["spec"].get("metadata") and network.subnet)
         judged = filter_of(rules, network, networks)
         found.append(
-            Nic(vm["id"], vm["name"], index, network.id, mac, address, address6, publish, metadata, tags, judged)
+            Nic(
+                vm["id"],
+                vm["name"],
+                index,
+                network.id,
+                mac,
+                address,
+                address6,
+                publish,
+                metadata,
+                tags,
+                judged,
+                spec.get("limit"),
+            )
         )
     return tuple(found)
 
@@ -167,7 +182,10 @@ def place_of(network: Network, nic: Nic) -> Place:
     assert network.subnet and network.gateway
     address = ipaddress.IPv4Interface(f"{nic.address}/{network.subnet.prefixlen}")
     gateway = ipaddress.IPv4Address(network.gateway)
-    return Place(address, gateway if network.mode == "nat" else None, gateway, network.domain, network.mtu)
+    if network.mode == "nat":
+        return Place(address, gateway, gateway, network.domain, network.mtu)
+    routes = ((ipaddress.IPv4Address(METADATA), gateway),) if nic.metadata else ()
+    return Place(address, None, gateway, network.domain, network.mtu, routes)
 
 
 def free_address(network: Network, taken: Collection[str]) -> str:

@@ -110,7 +110,7 @@ def nic_changed(old: Nic, new: Nic) -> list[Command]:
     commands = [*sender.sender_changed(old, new), *filter.filter_changed(old, new)]
     if metadata_added(old) != metadata_added(new):
         commands += [*metadata_removed(old), *metadata_added(new)]
-    if (old.publish, old.address) != (new.publish, new.address):
+    if (old.publish, old.addresses) != (new.publish, new.addresses):
         commands += [*publish_removed(old), *publish_added(new)]
     return commands
 
@@ -132,12 +132,17 @@ def publish_added(nic: Nic) -> list[Command]:
     named = I | {"name": nic.tap}
     rules = []
     for forward in nic.publish:
-        if forward.address == "0.0.0.0":
-            where = match({"fib": {"result": "type", "flags": ["daddr"]}}, "local")
-        else:
-            where = match(field("ip", "daddr"), forward.address)
-        to = {"dnat": {"family": "ip", "addr": nic.address, "port": forward.guest}}
-        rules.append(rule(I, nic.tap, where, match(field(forward.protocol, "dport"), forward.host), to))
+        for version, ip, address in ((4, "ip", nic.address), (6, "ip6", nic.address6)):
+            if version not in forward.families or address is None:
+                continue
+            where = [match(field(ip, "daddr"), forward.address)]
+            if forward.everywhere:
+                where = [match({"fib": {"result": "type", "flags": ["daddr"]}}, "local")]
+                # The kernel lets no answer come back to ::1 from a network. Who is refused there tries 127.0.0.1.
+                where += [match(field(ip, "daddr"), "::1", "!=")] if version == 6 else []
+            to = {"dnat": {"family": ip, "addr": address, "port": forward.guest}}
+            port = match(field(forward.protocol, "dport"), forward.host)
+            rules.append(rule(I, nic.tap, match({"meta": {"key": "nfproto"}}, f"ipv{version}"), *where, port, to))
     return [{"add": {"chain": named}}, {"flush": {"chain": named}}, *rules, *_published(nic, "add"), *_counted(nic)]
 
 
@@ -196,6 +201,7 @@ def _bridge() -> list[Command]:
         rule(B, "judged", ACCEPT),
         *sender.shared(goto("judged")),
         chain(B, "from-guests", "filter", "prerouting", -300),
+        rule(B, "from-guests", match(IIF, f"{TAP}*"), {"vmap": {"key": IIF, "data": "@limits"}}),
         rule(B, "from-guests", match(IIF, f"{TAP}*"), goto("sent")),
         chain(B, "to-guests", "filter", "postrouting", 0),
         rule(B, "to-guests", match(OIF, f"{TAP}*"), {"vmap": {"key": OIF, "data": "@rules-in"}}),
@@ -212,7 +218,8 @@ def _sets() -> list[Command]:
         *({"add": {"set": I | {"name": name, "type": kind}}} for name, kind in types.items()),
         *({"add": {"set": I | {"name": name, "type": kind, "flags": ["interval"]}}} for name, kind in ranges.items()),
         {"add": {"map": I | {"name": "published", "type": ["inet_proto", "inet_service"], "map": "verdict"}}},
-        {"add": {"map": I | {"name": "counted", "type": "ipv4_addr", "map": "verdict"}}},
+        {"add": {"map": I | {"name": "counted4", "type": "ipv4_addr", "map": "verdict"}}},
+        {"add": {"map": I | {"name": "counted6", "type": "ipv6_addr", "map": "verdict"}}},
     ]
 
 
@@ -318,9 +325,12 @@ def _translation() -> list[Command]:
         chain(I, "published-out", "nat", "output", -100),
         rule(I, "published-out", where),
         chain(I, "counting", "filter", "postrouting", 0),
-        rule(
-            I, "counting", match(OIF, f"{BRIDGE}*"), match({"ct": {"key": "status"}}, "dnat", "in"),
-            {"vmap": {"key": field("ip", "daddr"), "data": "@counted"}},
+        *(
+            rule(
+                I, "counting", match(OIF, f"{BRIDGE}*"), match({"ct": {"key": "status"}}, "dnat", "in"),
+                {"vmap": {"key": field(ip, "daddr"), "data": f"@counted{version}"}},
+            )
+            for version, ip in ((4, "ip"), (6, "ip6"))
         ),
         chain(I, "masquerade", "nat", "postrouting", 100),
         rule(I, "masquerade", match(field("ip", "saddr"), "@nat4"), away, {"masquerade": None}),
@@ -358,15 +368,20 @@ def _counted(nic: Nic) -> list[Command]:
         )
         for protocol, port in _ports(nic)
     ]  # fmt: skip
-    return [{"add": named}, {"flush": named}, *rules, _element("counted", [nic.address, {"jump": {"target": name}}])]
+    return [{"add": named}, {"flush": named}, *rules, *_ways_to_counters(nic)]
 
 
 def _counted_no_more(nic: Nic) -> list[Command]:
     if not nic.publish:
         return []
     named = {"chain": I | {"name": nic.tap + COUNTS}}
-    way = {"name": "counted", "elem": [[nic.address, {"jump": {"target": nic.tap + COUNTS}}]]}
-    return [{"delete": {"element": I | way}}, {"flush": named}, {"delete": named}]
+    ways = [{"delete": command["add"]} for command in _ways_to_counters(nic)]
+    return [*ways, {"flush": named}, {"delete": named}]
+
+
+def _ways_to_counters(nic: Nic) -> list[Command]:
+    jump, addresses = {"jump": {"target": nic.tap + COUNTS}}, {4: nic.address, 6: nic.address6}
+    return [_element(f"counted{version}", [address, jump]) for version, address in addresses.items() if address]
 
 
 def _ports(nic: Nic) -> list[tuple[str, int]]:

@@ -22,6 +22,7 @@ from innkeeper.plan.nft import (
     concat,
     field,
     goto,
+    jump,
     match,
     rule,
 )  # fmt: skip
@@ -34,6 +35,10 @@ REFUSED = "refused"
 REFUSED_FOR = 24 * 3600
 """Seconds since the last for which refused packets are told."""
 MOST = 1 << 16
+LIMIT = "-limit"
+"""Ends the name of a card's chain that drops what it sends above its limit."""
+SMALLEST_BURST = 128 * 1024
+"""Bytes of a limit's token bucket."""
 TARGET: Expression = {"payload": {"base": "th", "offset": 64, "len": 128}}
 """The address that a neighbour solicitation or advertisement is about (RFC 4861, 4.3 and 4.4)."""
 BEHIND_FRAGMENT: Expression = {"exthdr": {"name": "frag", "field": "nexthdr"}}
@@ -57,7 +62,10 @@ def shared(judged: Expression) -> list[Command]:
     return [
         *({"add": {"set": B | {"name": name, "type": kind}}} for name, kind in sets.items()),
         {"add": {"set": B | counting}},
-        {"add": {"map": B | {"name": "neighbours", "type": "ifname", "map": "verdict"}}},
+        *(
+            {"add": {"map": B | {"name": name, "type": "ifname", "map": "verdict"}}}
+            for name in ("neighbours", "limits")
+        ),
         *({"add": {"chain": B | {"name": name}}} for name in (REFUSED, "sent-outside", "sent")),
         rule(B, REFUSED, {"set": {"op": "update", "elem": IIF, "set": f"@{REFUSED}", "stmt": [{"counter": None}]}}),
         rule(B, REFUSED, DROP),
@@ -117,6 +125,7 @@ def sender_added(nic: Nic) -> list[Command]:
         *({"add": chain} for chain in _chain(nic)),
         *(rule(B, nic.tap, match(TARGET, "0x" + address.packed.hex()), ACCEPT) for address in _six(nic)),
         *([rule(B, nic.tap, goto(REFUSED))] if nic.address else []),
+        *_limited(nic),
         *({"add": element} for element in _elements(nic)),
     ]
 
@@ -131,13 +140,24 @@ def sender_removed(nic: Nic) -> list[Command]:
 
 def sender_changed(old: Nic, new: Nic) -> list[Command]:
     """From what a card may be to something else."""
-    if (old.mac, old.addresses) == (new.mac, new.addresses):
+    if (old.mac, old.addresses, old.limit) == (new.mac, new.addresses, new.limit):
         return []
     return [*sender_removed(old), *sender_added(new)]
 
 
+def _limited(nic: Nic) -> list[Command]:
+    """What it sends above its limit is dropped. nftables' bucket has room for what the limit lets through in a second
+    (net/netfilter/nft_limit.c), so what TCP does not send while it waits for what was lost (200 ms), it may send then;
+    and for the burst, or no packet that a guest hands over in one piece (64 KiB) passed a low limit."""
+    if nic.limit is None:
+        return []
+    bucket = {"rate": nic.limit // 8, "rate_unit": "bytes", "burst": SMALLEST_BURST, "burst_unit": "bytes"}
+    return [rule(B, nic.tap + LIMIT, {"limit": bucket | {"per": "second", "inv": True}}, DROP)]
+
+
 def _chain(nic: Nic) -> list[Command]:
-    return [{"chain": B | {"name": nic.tap}}] if nic.address else []
+    names = [*([nic.tap] if nic.address else []), *([nic.tap + LIMIT] if nic.limit else [])]
+    return [{"chain": B | {"name": name}} for name in names]
 
 
 def _six(nic: Nic) -> list[ipaddress.IPv6Address]:
@@ -151,6 +171,8 @@ def _elements(nic: Nic) -> list[Command]:
     else:
         found += [("own6" if ":" in address else "own4", concat(nic.tap, address)) for address in nic.addresses]
         found.append(("neighbours", [nic.tap, goto(nic.tap)]))
+    if nic.limit:
+        found.append(("limits", [nic.tap, jump(nic.tap + LIMIT)]))
     return [{"element": B | {"name": name, "elem": [element]}} for name, element in found]
 
 

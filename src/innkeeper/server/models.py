@@ -174,14 +174,17 @@ class CheckView(Open):
 
 
 class NicView(Open):
-    """`index`: its number, which it keeps. The addresses and the tap are those of a card in a network; `dropped`:
-    packets that it sent as somebody else, or as only a router may, since its rules were made."""
+    """`index`: its number, which it keeps. `limit`: bits per second in each direction. The addresses and the tap are
+    those of a card in a network; `dropped`: packets that it sent as somebody else, or as only a router may, since its
+    rules were made."""
 
     index: int
     mode: Literal["user", "network", "none"]
     network: str | None
     model: str
     mac: str
+    limit: int | None
+    link: Literal["up", "down"]
     address: str | None
     address6: str | None
     tap: str | None

@@ -11,7 +11,7 @@ from innkeeper.operations.world import World
 from innkeeper.plan.devices import SSH
 from innkeeper.server.context import Ctx, VMName, accepted
 from innkeeper.server.models import NicsRequest, NicView, OperationView, PortView
-from innkeeper.spec.wiring import AddNic
+from innkeeper.spec.wiring import AddNic, SetNic
 from innkeeper.store.contract import Value
 
 router = APIRouter(prefix="/v1", tags=["networks"])
@@ -26,6 +26,7 @@ async def list_nics(ctx: Ctx, vm: VMName) -> Response:
     for index, (nic, mac) in enumerate(zip(found["spec"]["nics"], found["identity"]["macs"], strict=True)):
         if nic["mode"] != "absent":
             view = {"index": index, "mac": mac} | {key: nic[key] for key in ("mode", "network", "model")}
+            view |= {"limit": nic.get("limit"), "link": nic.get("link", "up")}
             at = plugged.get(index)
             view |= {key: getattr(at, key, None) for key in ("address", "address6", "tap")}
             views.append(view | {"dropped": dropped.get(at.tap) if at else None})
@@ -38,8 +39,8 @@ async def list_nics(ctx: Ctx, vm: VMName) -> Response:
 async def change_nics(ctx: Ctx, vm: VMName, body: NicsRequest) -> Response:
     found = await ctx.admitted(vm, "nics")
     vm_nics.check(found, body.change)
-    if isinstance(body.change, AddNic):
-        await ctx.have_default([body.change.nic])
+    if isinstance(body.change, AddNic | SetNic):
+        await ctx.have_default([body.change.nic if isinstance(body.change, AddNic) else body.change])
     target = {"kind": "vm", "id": found["id"], "name": found["name"]}
     args = vm_nics.arguments(body.change, body.by)
     return accepted(await ctx.engine.submit("vm-nics", target, args, hold=f"vm/{found['id']}"))

@@ -99,12 +99,10 @@ class VMSpec(Model):
         for index, disk in enumerate(self.disks):
             if disk.size is None and (index > 0 or not self.image):
                 raise ValueError(f"disk {index} has no size, and no image to take it from")
-        taken: dict[tuple[str, int], set[str]] = {}
-        for forward in (forward for nic in self.nics for forward in nic.publish):
-            addresses = taken.setdefault((forward.protocol, forward.host), set())
-            if addresses and (forward.address in addresses or "0.0.0.0" in {forward.address, *addresses}):
+        forwards = [forward for nic in self.nics for forward in nic.publish]
+        for index, forward in enumerate(forwards):
+            if any(forward.clashes(other) for other in forwards[:index]):
                 raise ValueError(f"host port {forward.host}/{forward.protocol} is published twice")
-            addresses.add(forward.address)
         if self.metadata and not any(nic.network for nic in self.nics):
             raise ValueError("the metadata service is asked through a network: give a card one (--network)")
         macs = [nic.mac for nic in self.nics if nic.mac]
