@@ -43,7 +43,7 @@ class Fabric:
         self._resolvers: dict[str, Resolver] = {}
         self._lock = asyncio.Lock()
         self._owner: socket.socket | None = None
-        self.watch = Watch()
+        self.watch = Watch(firewall.is_own)
         self.metadata: Answer | None = None
         """What answers a guest that asks for its data; nothing listens without."""
         self._listeners: dict[str, Listener] = {}

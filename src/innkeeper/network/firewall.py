@@ -6,6 +6,7 @@ import asyncio
 import json
 import re
 import secrets
+from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
@@ -21,6 +22,8 @@ CHECK = "innkeeper-check-"
 """What the names of tables begin with that are there for one `inn network check`."""
 MOST_LINES = 1000
 """Of a trace: some dozens per packet."""
+_OWN: deque[int] = deque(maxlen=1000)
+"""Pids of the programs that were run here of late."""
 PACKAGES = {"nft": "nftables", "dnsmasq": "dnsmasq-base", "conntrack": "conntrack"}
 
 
@@ -29,6 +32,11 @@ async def apply(commands: Sequence[Command]) -> None:
     status, _, wrong = await _run("nft", "-j", "-f", "-", feed=json.dumps({"nftables": list(commands)}).encode())
     if status:
         raise NetworkFailed(f"nft refused a change of the firewall: {wrong.strip()[-1000:]}")
+
+
+def is_own(pid: int) -> bool:
+    """Whether a change of nftables by this process was one of ours."""
+    return pid in _OWN
 
 
 async def is_whole(commands: Sequence[Command]) -> bool:
@@ -70,7 +78,7 @@ async def connections(protocol: str, source: str, target: str, port: int) -> lis
 
 async def published() -> dict[tuple[str, str, int], tuple[int, int]]:
     """(tap, protocol, host port) → (packets, bytes) that came for a published port, since its rules were made."""
-    return counts(await _listed())
+    return counts(await _listed(TABLES[1:]))
 
 
 async def end_connections(protocol: str, port: int, address: str) -> None:
@@ -151,9 +159,9 @@ async def of_others(*, lines: bool) -> tuple[list[Command], dict[tuple[str, str,
     return found, words
 
 
-async def _listed() -> list[Command]:
+async def _listed(tables: Sequence[tuple[str, str]] = TABLES) -> list[Command]:
     found: list[Command] = []
-    for family, name in TABLES:
+    for family, name in tables:
         status, text, _ = await _run("nft", "-j", "list", "table", family, name)
         if status == 0:
             found += json.loads(text)["nftables"]
@@ -170,6 +178,7 @@ async def _run(tool: str, *arguments: str, feed: bytes = b"") -> tuple[int, str,
         stderr=asyncio.subprocess.PIPE,
         env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"},
     )
+    _OWN.append(process.pid)
     try:
         output, wrong = await process.communicate(feed)
     finally:

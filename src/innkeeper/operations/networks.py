@@ -29,8 +29,9 @@ from innkeeper.plan.rebirth import Place
 from innkeeper.spec.vm import VMSpec
 from innkeeper.store.contract import Value
 
-LOOK_EVERY, RULES_EVERY = 1.0, 30.0
-"""Seconds between two looks at the host without any news from its kernel; at the rules, which take longer."""
+LOOK_EVERY, COUNT_EVERY, RULES_EVERY = 1.0, 30.0, 600.0
+"""Seconds between two looks at the host without any news from its kernel; at the counters, and at the rules, which take
+longer."""
 SETTLE = 0.2
 """Seconds for which news may go on to arrive."""
 
@@ -183,19 +184,20 @@ async def begin(world: World) -> None:
 
 async def keep(world: World) -> None:
     """Runs for as long as the daemon does: what somebody takes away from the networks is put back."""
-    looked = monotonic()
+    counted = looked = monotonic()
+    watch = world.fabric.watch
     while True:
         with suppress(TimeoutError):
             async with asyncio.timeout(LOOK_EVERY):
-                await world.fabric.watch.news.wait()
-        news = world.fabric.watch.news.is_set()
-        if news:
+                await watch.news.wait()
+        if watch.news.is_set():
             await asyncio.sleep(SETTLE)
-            world.fabric.watch.news.clear()
-        rules = news or monotonic() - looked > RULES_EVERY
-        looked = monotonic() if rules else looked
+            watch.news.clear()
+        rules = watch.rules or monotonic() - looked > RULES_EVERY
+        looked, watch.rules = monotonic() if rules else looked, False
         with suppress(InnkeeperError):  # it is tried again
-            if rules:
+            if rules or monotonic() - counted > COUNT_EVERY:
+                counted = monotonic()
                 await world.fabric.count()
             for text in await world.fabric.heal(look_at_rules=rules):
                 await world.events.append("network.healed", text, level="warning")
