@@ -124,10 +124,10 @@ def test_a_card_with_a_limit_sends_and_receives_no_more_than_that(lab, host):
     run(host, "tc", "qdisc", "del", "dev", tap, "root")
     lab.start()
     assert "rate 10Mbit" in queue()
-    assert "limit rate" in run(host, "nft", "list", "chain", "bridge", "innkeeper", tap)
+    assert "limit rate over" in run(host, "nft", "list", "table", "bridge", "innkeeper")
     web.nic_set(0, limit="none").wait()
     assert "tbf" not in queue() and web.nics[0]["limit"] is None
-    assert "limit rate" not in run(host, "nft", "list", "chain", "bridge", "innkeeper", tap)
+    assert "limit rate over" not in run(host, "nft", "list", "table", "bridge", "innkeeper")
     sh(lab, "db", "killall iperf3")
 
 
