@@ -68,7 +68,7 @@ def _attributes(data: bytes) -> dict[int, int]:
     found = {}
     while len(data) >= 4:
         length, kind = struct.unpack_from("=HH", data)
-        if length == 8:
+        if length == 8 <= len(data):
             (found[kind & 0x3FFF],) = struct.unpack_from(">I", data, 4)
         data = data[max(length + 3 & ~3, 4) :]
     return found

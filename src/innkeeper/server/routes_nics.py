@@ -29,7 +29,7 @@ async def list_nics(ctx: Ctx, vm: VMName) -> Response:
             view |= {"limit": nic.get("limit"), "link": nic.get("link", "up")}
             at = plugged.get(index)
             view |= {key: getattr(at, key, None) for key in ("address", "address6", "tap")}
-            views.append(view | {"dropped": dropped.get(at.tap) if at else None})
+            views.append(view | {"dropped": dropped.get(at.tap, 0) if at else None})
     return JSONResponse(views)
 
 
