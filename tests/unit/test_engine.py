@@ -700,9 +700,9 @@ async def test_an_operation_of_another_version_is_ended_and_lets_go():
     assert (await store.get("vm/1")).value["operation"] is None
 
 
-async def test_a_step_that_changes_only_the_store_is_carried_by_the_next_line_of_the_journal():
+async def test_the_line_of_a_step_that_needs_no_sync_is_carried_by_the_next_one():
     store = RecordingStore()
-    steps = [replace(step(name), store_only=name == "two") for name in ("one", "two", "three")]
+    steps = [replace(step(name), unsynced=lambda ctx, two=name == "two": two) for name in ("one", "two", "three")]
     engine, operation = await submit(world(store), "few", verbs={"few": Verb("few", tuple(steps))})
     assert (await end_of(engine, operation))["state"] == "done"
     lines = [(synced, json.loads(texts[f"operation/{operation}"])) for synced, texts in store.synced[1:]]

@@ -9,7 +9,7 @@ from innkeeper.base.errors import ActionRefused, AgentFailed, AgentUnavailable, 
 from innkeeper.machine.machine import Machine
 from innkeeper.operations import fork_of_vm, vm_create, vm_start
 from innkeeper.operations.captured import Captured, captured
-from innkeeper.operations.engine import Context, Step, Verb
+from innkeeper.operations.engine import Context, Step, Verb, always
 from innkeeper.operations.rebirth import ALLOWED, heard, new_self, tell_agent
 from innkeeper.operations.world import World
 from innkeeper.plan.identity import misfit
@@ -108,10 +108,10 @@ async def _make_files(ctx: Context) -> None:
 
 STEPS = (
     Step("wait", fork_of_vm.wait, idle=_nothing_to_wait_for),
-    Step("claim", _claim, vm_create.unclaim, store_only=True),
-    Step("make-files", _make_files, vm_create.remove_files),
-    Step("settle", vm_create.settle, vm_create.unsettle, store_only=True),
+    Step("claim", _claim, vm_create.unclaim, unsynced=always),
+    Step("make-files", _make_files, vm_create.remove_files, unsynced=always),
+    Step("settle", vm_create.settle, vm_create.unsettle, unsynced=always),
     *(step for step in vm_start.STEPS if step.do is not vm_start.run),
-    Step("go-on", go_on),
+    Step("go-on", go_on, unsynced=always),  # `run` syncs
 )
 VERB = Verb("vm-fork", STEPS)
