@@ -308,7 +308,9 @@ class Engine:
         if not journalled and not step.idle(ctx):
             progress = {"fraction": None, "text": ""}
             done = {"data": ctx.data, "result": ctx.result, "target": ctx.target}
-            await self._change(ctx.operation, {"index": index, "progress": progress} | done, synced=not step.unsynced(ctx))
+            await self._change(
+                ctx.operation, {"index": index, "progress": progress} | done, synced=not step.unsynced(ctx)
+            )
         again = await self._fault(verb.kind, step.name, "before")
         await step.do(ctx)
         if again:

@@ -4,6 +4,7 @@ can talk to it."""
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 
 from innkeeper.base.errors import ActionRefused, AgentFailed, AgentUnavailable, Unsupported
 from innkeeper.machine.machine import Machine
@@ -13,7 +14,8 @@ from innkeeper.operations.engine import Context, Step, Verb, always
 from innkeeper.operations.rebirth import ALLOWED, heard, new_self, tell_agent
 from innkeeper.operations.world import World
 from innkeeper.plan.identity import misfit
-from innkeeper.plan.rebirth import DONE, Rebirth, words
+from innkeeper.plan.rebirth import DONE, Rebirth
+from innkeeper.plan.waiting import calls
 from innkeeper.store.contract import Value
 
 SUFFIX = "-warm"
@@ -51,11 +53,12 @@ async def _as_itself(ctx: Context, vm: Value, machine: Machine, found: Captured)
     return heard(vm, answer)
 
 
-async def _tell(machine: Machine, waits: bool, who: Rebirth) -> str:
+async def _tell(machine: Machine, waits: Sequence[str], who: Rebirth) -> str:
     """Through the port of what waits in the guest. That is told once: a daemon that comes later asks the agent."""
     if waits and machine.waiter is not None:
         try:
-            return await machine.waiter.ask(words(who), DONE, ALLOWED)
+            told = calls(waits, who)
+            return told.answer(await machine.waiter.ask(told.message(), DONE, ALLOWED))
         finally:
             machine.drop_waiter()
     return await tell_agent(machine, who)

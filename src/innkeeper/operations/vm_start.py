@@ -162,7 +162,7 @@ async def _go_on(world: World, vm: Value, planned: Plan, taps: Sequence[int]) ->
     state, new = state_with(found.state(ram), nics), forms(vm["identity"]["uuid"])
 
     async def load(machine: Machine) -> None:
-        await machine.go_on_from(state, saved=found.devices is not None, agent=found.agent, waiter=found.waits)
+        await machine.go_on_from(state, saved=found.devices is not None, agent=found.agent, waiter=bool(found.waits))
         overwrite(machine.process.pid.number, [(at, new[form]) for at, form in found.uuid_at])
         if found.parts:
             await machine.load_screen(ram, found.parts)

@@ -7,7 +7,7 @@ import bisect
 import itertools
 import json
 from collections import deque
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 
 from innkeeper.base.errors import Conflict
 from innkeeper.store.contract import Change, Document, Value
@@ -83,15 +83,19 @@ class MemoryStore:
         self._changed.set()
         self._changed = asyncio.Event()
 
+    def _since(self, after: int) -> Sequence[Change]:
+        """Few of many, as a rule."""
+        return [*itertools.takewhile(lambda change: change.revision > after, reversed(self._changes))][::-1]
+
     async def watch(self, prefix: str, after: int) -> AsyncIterator[Change]:
         while True:
             if after < self._forgotten:
                 raise Conflict(f"changes up to revision {self._forgotten} are forgotten", revision=after)
             changed = self._changed
             upto = self._revision
-            news = itertools.takewhile(lambda change: change.revision > after, reversed(self._changes))
-            for change in reversed([change for change in news if change.key.startswith(prefix)]):
-                yield change
+            for change in self._since(after):
+                if change.key.startswith(prefix):
+                    yield change
             after = upto
             await changed.wait()
 
