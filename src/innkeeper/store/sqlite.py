@@ -44,6 +44,8 @@ class SQLiteStore(MemoryStore):
         self._path = path
         self._ballast = path.with_name(path.name + ".ballast")
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="store")
+        self._synced: bool | None = None
+        """How the last transaction was written."""
         path.touch(0o600)
         try:
             self._db = self._open()
@@ -114,8 +116,10 @@ class SQLiteStore(MemoryStore):
     def _write(self, revision: int, texts: Mapping[str, str | None], synced: bool) -> None:
         db = self._db
         # In WAL mode NORMAL leaves out the sync of the log; the next one, of the same file, includes what it left out.
-        db.execute(f"PRAGMA synchronous = {'FULL' if synced else 'NORMAL'}")
-        db.execute(f"PRAGMA wal_autocheckpoint = {CHECKPOINT if synced else 0}")
+        if synced != self._synced:
+            db.execute(f"PRAGMA synchronous = {'FULL' if synced else 'NORMAL'}")
+            db.execute(f"PRAGMA wal_autocheckpoint = {CHECKPOINT if synced else 0}")
+            self._synced = synced
         db.execute("BEGIN IMMEDIATE")
         try:
             for key, text in texts.items():
