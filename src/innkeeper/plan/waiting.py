@@ -5,9 +5,9 @@ So the guest does nothing that can be done before the capture, or here: it has o
 what that is, and is handed a list of system calls. It needs Perl, as Debian and Ubuntu always have it, compiled before
 the capture, and of that only what makes them.
 
-System calls have the numbers of x86-64, as the machines do: write(2) 1, lseek(2) 8, ioctl(2) 16, kill(2) 62, ftruncate(2)
-77, setpriority(2) 141, sched_setscheduler(2) 144, clock_settime(2) 227, exit_group(2) 231. random(4): RNDADDENTROPY,
-RNDRESEEDCRNG; netdevice(7): SIOCSIFHWADDR; linux/route.h: SIOCDELRT, SIOCADDRT.
+System calls have the numbers of x86-64, as the machines do: write(2) 1, ioctl(2) 16, kill(2) 62,
+ftruncate(2) 77, setpriority(2) 141, sched_setscheduler(2) 144, clock_settime(2) 227, exit_group(2) 231. random(4):
+RNDADDENTROPY, RNDRESEEDCRNG; netdevice(7): SIOCSIFHWADDR; linux/route.h: SIOCDELRT, SIOCADDRT.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ done
 """
 """For `sh`: leaves the process that waits, which tells on the port what it holds open, a line each, and `HELLO`."""
 
-_SETTLE, _WRITE, _SEEK, _IOCTL, _KILL, _TRUNCATE, _SET_CLOCK = 0, 1, 8, 16, 62, 77, 227
+_SETTLE, _WRITE, _IOCTL, _KILL, _TRUNCATE, _SET_CLOCK = 0, 1, 16, 62, 77, 227
 _RNDADDENTROPY, _RNDRESEEDCRNG, _SIOCSIFHWADDR = 0x40085203, 0x5207, 0x8924
 _ETHERNET, _HUP, _CLOCK_REALTIME = 1, 1, 0
 
