@@ -375,7 +375,7 @@ class Engine:
 
     async def _try_change(self, operation: str, fields: Value) -> None:
         try:
-            await self._change(operation, fields)
+            await self._change(operation, fields, synced=False)
         except InnkeeperError as error:
             log.warning("progress not recorded", error=str(error))
 
