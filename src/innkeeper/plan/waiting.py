@@ -76,17 +76,23 @@ sub card {{
   my ($nic, $what, $request) = @_;
   ioctl($any, $what, $request) or push @said, "$nic: $!\n";
 }}
+sub route {{
+  my ($nic, $to, $hop, $flags) = @_;
+  my $way = "x8 S x2 a4 x8 S x2 a4 x8 S x14 S x30 p x24";
+  $way = pack($way, 2, pack("H*", $to), 2, pack("H*", $hop), 2, $flags, $nic);
+  # Another card of the same network may have made it: EEXIST.
+  ioctl($any, 0x890b, $way) || $! == 17 or push @said, "$nic: $!\n";
+}}
 sub settle {{
-  my ($nic, $address, $mask, $gateway, $resolver, $domain, $mtu) = @_;
+  my ($nic, $address, $mask, $gateway, $resolver, $domain, $mtu, @hosts) = @_;
   card($nic, 0x8922, pack("a16 i x20", $nic, $mtu)) if $mtu;
   my $default = pack("x8 S x14 S x14 S x14 S x30 p x24", 2, 2, 2, 1, $nic);
   1 while ioctl($any, 0x890c, $default);
   for my $set ([0x8916, $address], [0x891c, $mask]) {{
     card($nic, $set->[0], pack("a16 S x2 a4 x16", $nic, 2, pack("H*", $set->[1])));
   }}
-  my $way = pack("x8 S x14 S x2 a4 x8 S x14 S x30 p x24", 2, 2, pack("H*", $gateway), 2, 3, $nic);
-  # Another card of the same network may have made it: EEXIST.
-  !$gateway || ioctl($any, 0x890b, $way) || $! == 17 or push @said, "$nic: $!\n";
+  route($nic, "0" x 8, $gateway, 3) if $gateway;
+  while (my ($host, $hop) = splice(@hosts, 0, 2)) {{ route($nic, $host, $hop, 7) }}
   if (my $off = $ipv6{{$nic}}) {{ sysseek($off, 0, 0) && syswrite($off, $_) for 1, 0 }}
   if ($resolvers) {{ truncate($resolvers, 0); syswrite($resolvers, "search $domain\nnameserver $resolver\n") }}
 }}
@@ -234,6 +240,10 @@ def _renamed(text: bytes, new: dict[str, str]) -> bytes:
 
 def _words(place: Place) -> str:
     numbers = (place.address, place.address.netmask, place.gateway)
+    routes = [each.packed.hex() for route in place.routes for each in route]
     return ",".join(
-        [*(n.packed.hex() if n else "" for n in numbers), str(place.resolver), place.domain, str(place.mtu or "")]
-    )
+        [
+            *(n.packed.hex() if n else "" for n in numbers), str(place.resolver), place.domain,
+            str(place.mtu or ""), *routes,
+        ]
+    )  # fmt: skip
