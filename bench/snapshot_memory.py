@@ -5,6 +5,8 @@
 
 A guest's own clock stands still with it, so the host watches: the guest prints without a pause to its serial console,
 and what counts is the longest time in which its log does not grow, from just before the snapshot until just after it.
+Beside it, what no snapshot can go below: the same guest left alone, and one that gets QMP's `stop` and `cont` with
+nothing in between.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -150,11 +153,35 @@ def main() -> None:
         for script in (BUSY, TICK):
             ours.exec(["sh", "-c", f"({script}) >/dev/null 2>&1 </dev/null &"])
             theirs.run(script)
-        measure(ours, log, theirs)
+        virsh("suspend", NAME)
+        bare = stopped(daemon, ours.info["id"], log)
+        virsh("resume", NAME)
+        measure(ours, log, theirs, bare)
 
 
-def measure(ours, log: Path, theirs: Theirs) -> None:
-    pauses: dict[str, list[float]] = {"nothing": [], "ours": [], "said": [], "theirs": []}
+def stopped(daemon, vm_id: str, log: Path) -> list[float]:
+    """Pauses of a bare `stop` and `cont`, by hand: the guest goes on without its daemon meanwhile."""
+    daemon.stop()
+    pauses = []
+    with socket.socket(socket.AF_UNIX) as qmp:
+        qmp.connect(str(daemon.home.vm(vm_id) / "qmp.sock"))
+        lines = qmp.makefile("rb")
+        lines.readline()
+        for command in ("qmp_capabilities", *["stop"] * RUNS):
+            watch = Watch(log) if command == "stop" else contextlib.nullcontext()
+            with watch:
+                for each in (command, "cont") if command == "stop" else (command,):
+                    qmp.sendall(json.dumps({"execute": each}).encode() + b"\n")
+                    while b'"return"' not in lines.readline():
+                        pass
+            if isinstance(watch, Watch):
+                pauses.append(watch.longest)
+    daemon.start()
+    return pauses
+
+
+def measure(ours, log: Path, theirs: Theirs, bare: list[float]) -> None:
+    pauses: dict[str, list[float]] = {"stop and cont": bare, "nothing": [], "ours": [], "said": [], "theirs": []}
     for _ in range(RUNS):
         virsh("suspend", NAME)
         time.sleep(1)
@@ -175,6 +202,7 @@ def measure(ours, log: Path, theirs: Theirs) -> None:
         ours.resume()
     shown = {name: f"{median(found) * 1000:.0f} ms" for name, found in pauses.items()}
     print(f"QEMU itself says {shown['said']}; without any snapshot: {shown['nothing']}")
+    print(f"with a bare stop and cont: {shown['stop and cont']}")
     print({name: [round(value * 1000) for value in found] for name, found in pauses.items()})
     say(
         "a guest of 1 GiB stands still for",

@@ -700,10 +700,29 @@ async def test_an_operation_of_another_version_is_ended_and_lets_go():
     assert (await store.get("vm/1")).value["operation"] is None
 
 
-async def test_a_step_that_changes_only_the_store_is_carried_by_the_next_line_of_the_journal():
+async def test_the_line_of_a_step_that_needs_no_sync_is_carried_by_the_next_one():
     store = RecordingStore()
-    steps = [replace(step(name), store_only=name == "two") for name in ("one", "two", "three")]
+    steps = [replace(step(name), unsynced=lambda ctx, two=name == "two": two) for name in ("one", "two", "three")]
     engine, operation = await submit(world(store), "few", verbs={"few": Verb("few", tuple(steps))})
     assert (await end_of(engine, operation))["state"] == "done"
-    lines = [(synced, json.loads(texts[f"operation/{operation}"])) for synced, texts in store.synced[1:]]
-    assert [(journal["index"], journal["ended"]) for synced, journal in lines if not synced] == [(1, None)]
+    assert [(journal["index"], journal["ended"]) for synced, journal in _lines(store, operation) if not synced] == [
+        (1, None)
+    ]
+
+
+def _lines(store, operation):
+    """What was written of an operation, but for reports of its progress, and whether it was synced."""
+    found = [
+        (synced, json.loads(texts[key])) for synced, texts in store.synced if (key := f"operation/{operation}") in texts
+    ]
+    return [(synced, journal) for synced, journal in found if not journal["progress"]["text"] or journal["ended"]]
+
+
+@pytest.mark.parametrize("first", ["one", "two"])
+async def test_an_operation_is_on_the_disk_when_it_is_accepted_unless_its_first_step_needs_no_sync(first):
+    store = RecordingStore()
+    one, two = (replace(step(name), unsynced=lambda ctx, so=name == "two": so) for name in ("one", "two"))
+    skipped = replace(one, idle=lambda ctx: first == "two")
+    engine, operation = await submit(world(store), "few", verbs={"few": Verb("few", (skipped, two))})
+    assert (await end_of(engine, operation))["state"] == "done"
+    assert [synced for synced, _ in _lines(store, operation)] == [first == "one", False, True]

@@ -1,8 +1,8 @@
 """What a fork's guest is told. That it does it is seen in tests/guest/test_fork.py."""
 
-import re
 import shlex
 import shutil
+import socket
 import subprocess
 from dataclasses import replace
 from ipaddress import IPv4Address, IPv4Interface
@@ -12,16 +12,15 @@ import pytest
 from innkeeper.plan.rebirth import (
     DONE,
     PREPARE,
-    WAIT,
     Place,
     Rebirth,
     forms,
     shell_script,
     state_with,
     understood,
-    words,
 )
 from innkeeper.plan.seed import HostKey
+from innkeeper.plan.waiting import WAIT, Calls, calls
 
 MACS = [("52:54:00:00:00:01", "52:54:00:00:00:02")]
 WHO = Rebirth("web", "0" * 32, HostKey("PRIVATE'\nKEY\n", "ssh-ed25519 AAAA it's\n"), MACS, bytes(range(64)), 1.5)
@@ -39,30 +38,94 @@ def test_the_scripts_are_a_shell_s(shell):
 
 
 def test_what_waits_is_perl():
-    (program,) = [word for word in shlex.split(WAIT) if "sub reborn" in word]
-    done = subprocess.run(["perl", "-wc"], input=program.encode(), capture_output=True)
+    done = subprocess.run(["perl", "-wc"], input=_program().encode(), capture_output=True)
     assert (done.returncode, done.stderr) == (0, b"- syntax OK\n")
 
 
-def test_words_are_pairs_without_blanks():
-    told = words(WHO)
-    assert told.endswith(f"\n{DONE}\n")
-    pairs = dict(re.split("[ \n]", line) for line in told.removesuffix(f"{DONE}\n").splitlines())
-    assert bytes.fromhex(pairs["private"]) == b"PRIVATE'\nKEY\n"
-    assert (pairs["seconds"], pairs["microseconds"]) == ("1", "500000")
-    assert pairs[MACS[0][0]] == MACS[0][1] and len(pairs) == 8
+def _program() -> str:
+    (program,) = [word for word in shlex.split(WAIT) if "sub settle" in word]
+    return program
+
+
+TOLD = [
+    "pool 3", "called 4", "name 5", "machine-id 6", "hosts 7 6120 0a62", "private 8", "public 9", "sshd 77",
+    f"card 10 {b'eth0'.hex()} {MACS[0][0].encode().hex()}", f"card 10 {b'lo'.hex()} {b'00:00:00:00:00:00'.hex()}",
+    f"naming 11 {f'mac: {MACS[0][0]}, 52:54:00:00:00:09'.encode().hex()}",
+]  # fmt: skip
+
+
+def records(message: bytes) -> list[tuple[int, int, int, bytes]]:
+    """As the program in the guest reads them."""
+    assert int(message[:8]) == len(message)
+    found, at = [], 8
+    while at < len(message):
+        what, file, number, size = (int(message[at + a : at + b]) for a, b in ((0, 4), (4, 10), (10, 22), (22, 28)))
+        found.append((what, file, number, message[at + 28 : at + 28 + size]))
+        at += 28 + size
+    return found
+
+
+def test_what_waits_is_told_system_calls():
+    found = records(calls(TOLD, WHO).message())
+    written = {file: data for what, file, number, data in found if what == 1 and number == len(data)}
+    assert written == {
+        4: b"web", 5: b"web\n", 6: b"0" * 32 + b"\n", 7: b"a 127.0.1.1 web\nb", 8: b"PRIVATE'\nKEY\n",
+        9: b"ssh-ed25519 AAAA it's\n", 11: f"mac: {MACS[0][1]}, 52:54:00:00:00:09".encode(),
+    }  # fmt: skip
+    assert [file for what, file, *_ in found if what == 77] == [5, 6, 8, 9, 7, 11]
+    assert found[0] == (16, 3, 0x40085203, (512).to_bytes(4, "little") + (64).to_bytes(4, "little") + WHO.seed)
+    (mac,) = [data for what, file, _, data in found if (what, file) == (16, 10)]
+    assert mac == b"eth0".ljust(16, b"\0") + b"\1\0" + bytes.fromhex(MACS[0][1].replace(":", "")) + bytes(16)
+    assert found[-2:] == [(227, 0, 0, bytes([1, *[0] * 7]) + (500_000_000).to_bytes(8, "little")), (62, 77, 1, b"")]
+
+
+def test_what_a_guest_tells_that_makes_no_sense_is_left_out():
+    nonsense = ["", "name", "name x", "name 5 xyz", "name 12345678", "card 10 aa", "naming 3", "NAME 5", "name 5;"]
+    assert calls(nonsense, WHO).message() == calls([], WHO).message()
+
+
+def test_a_complaint_says_what_it_is_about():
+    told = calls(["pool 3", "sshd 77"], WHO)
+    assert told.answer(f"1 Bad file descriptor\n3 No such process\neth0: no\n9 what\n{DONE}\n") == (
+        f"the random pool: Bad file descriptor\neth0: no\n9 what\n{DONE}\n"
+    )
+
+
+def test_what_waits_does_what_it_is_told(tmp_path):
+    """On this host: a socket for a port, a file, and nothing that only a guest has."""
+    ours, port = socket.socketpair()
+    kept = (tmp_path / "kept").open("w+")
+    kept.write("what it was before, which is longer")
+    kept.flush()
+    kept.seek(0)
+    loop = _program()
+    loop = loop[loop.index("my ($text, $at, $call)") : loop.index("sleep ")]
+    begin = f'my @said; sub settle {{ push @said, "@_: no\\n" }} open(my $port, "+<&=", {port.fileno()});\n{loop}'
+    process = subprocess.Popen(["perl", "-we", begin], pass_fds=[port.fileno(), kept.fileno()])
+    told, text = Calls(), b"new\n\0" * 9000
+    told.put("the file", kept.fileno(), text)
+    told.add("nothing", 1, 999, 1, b"x")
+    told.add("", 62, 2**19, 0)
+    told.add("", 0, 0, 0, b"eth0,1")
+    ours.sendall(told.message())
+    port.close()
+    answer = ours.makefile().read()
+    assert (process.wait(), told.answer(answer)) == (0, f"nothing: Bad file descriptor\neth0 1: no\n{DONE}\n")
+    assert (tmp_path / "kept").read_bytes() == text
 
 
 @pytest.mark.parametrize(("gateway", "way"), [("10.77.0.1", "0a4d0001"), (None, "")])
 def test_a_place_in_a_network_is_told_in_a_form_that_needs_no_parser(gateway, way):
-    told = words(replace(WHO, places={MACS[0][0]: place(gateway)}))
-    assert f"{MACS[0][0]},place 0a4d0005,ffffff00,{way},10.77.0.1,inn,1400\n" in told
+    found = records(calls(TOLD, replace(WHO, places={MACS[0][0]: place(gateway)})).message())
+    settled = [data for what, _, _, data in found if what == 0]
+    assert settled == [f"eth0,0a4d0005,ffffff00,{way},10.77.0.1,inn,1400".encode()]
 
 
 def test_a_host_that_is_reached_otherwise_is_told_likewise():
     host, hop = IPv4Address("169.254.169.254"), IPv4Address("10.77.0.1")
     who = replace(WHO, places={MACS[0][0]: replace(place(None), mtu=None, routes=((host, hop),))})
-    assert f"{MACS[0][0]},place 0a4d0005,ffffff00,,10.77.0.1,inn,,a9fea9fe,0a4d0001\n" in words(who)
+    (settled,) = [data for what, _, _, data in records(calls(TOLD, who).message()) if what == 0]
+    assert settled == b"eth0,0a4d0005,ffffff00,,10.77.0.1,inn,,a9fea9fe,0a4d0001"
     assert " routes=169.254.169.254,10.77.0.1;;" in shell_script(who)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from innkeeper.host.facts import Cgroup
@@ -31,24 +32,29 @@ class Hierarchy:
 
 def hierarchies(process: str = "self") -> list[Hierarchy]:
     """All that are mounted, from /proc/self/mountinfo (proc(5)) and /proc/<process>/cgroup (cgroups(7))."""
+    return list(_parse(Path(f"/proc/{process}/cgroup").read_text(), Path("/proc/self/mountinfo").read_text()))
+
+
+@lru_cache(maxsize=4)  # every start of a VM asks several times
+def _parse(own: str, mounts: str) -> tuple[Hierarchy, ...]:
     groups: dict[frozenset[str], str] = {}
-    for line in Path(f"/proc/{process}/cgroup").read_text().splitlines():
+    for line in own.splitlines():
         _, controllers, path = line.split(":", 2)
         groups[frozenset(filter(None, controllers.split(",")))] = path
     found = []
-    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+    for line in mounts.splitlines():
         fields = line.split(" ")
         kind, _, options = fields[fields.index("-") + 1 :][:3]
         root, mount = _unescape(fields[3]), Path(_unescape(fields[4]))
         if kind == "cgroup2":
-            own = _below(mount, root, groups.get(frozenset(), "/"))
-            names = frozenset(_words(own / "cgroup.controllers"))
-            found.append(Hierarchy(mount, own, names, 2))
+            ours = _below(mount, root, groups.get(frozenset(), "/"))
+            names = frozenset(_words(ours / "cgroup.controllers"))
+            found.append(Hierarchy(mount, ours, names, 2))
         elif kind == "cgroup":
             for names, path in groups.items():
                 if names and names <= set(options.split(",")):
                     found.append(Hierarchy(mount, _below(mount, root, path), names, 1))
-    return found
+    return tuple(found)
 
 
 def detect() -> Cgroup:

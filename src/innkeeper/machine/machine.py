@@ -35,6 +35,8 @@ STATS_EVERY = 10
 """Seconds between two balloon statistics that the guest sends."""
 
 
+QUESTIONS = ("query-uuid", "query-status", "query-chardev")
+"""What a QEMU is asked first."""
 MOST_SCREEN = 64 * MIB
 """Bytes of a picture of the screen, at most."""
 RECONNECT = 5.0
@@ -121,19 +123,21 @@ class Machine:
             raise QmpFailed(f"{self.process.ended.result()} before it answered")
         monitor = connecting.result()
         try:
-            answered = (await monitor.execute("query-uuid", seconds=seconds))["UUID"]
-            if answered != self._uuid:
-                raise QmpFailed(f"the QEMU in {self.folder} is another machine's ({answered})")
+            told, *state = await asyncio.gather(*(monitor.execute(each, seconds=seconds) for each in QUESTIONS))
+            if told["UUID"] != self._uuid:
+                raise QmpFailed(f"the QEMU in {self.folder} is another machine's ({told['UUID']})")
             self._monitor = monitor
-            await self._read_state()
+            self._take_state(*state)
         except BaseException:
             self._monitor = None
             await monitor.close()
             raise
 
     async def _read_state(self) -> None:
-        found = (await self.monitor.execute("query-status"))["status"]
-        ports = await self.monitor.execute("query-chardev")
+        self._take_state(*[await self.monitor.execute(each) for each in QUESTIONS[1:]])
+
+    def _take_state(self, status: dict[str, Any], ports: list[dict[str, Any]]) -> None:
+        found = status["status"]
         agent = any(port["label"] == "agent" and port["frontend-open"] for port in ports)
         state, reason, ending = {
             "running": ("running", "", ""),

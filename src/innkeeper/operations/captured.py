@@ -26,7 +26,8 @@ class Captured:
     macs: Sequence[str]
     uuid_at: Sequence[tuple[int, int]]
     agent: bool
-    waits: bool
+    waits: Sequence[str]
+    """What a process in the guest holds open that waits to be told who it is (plan/waiting.py)."""
     as_fork: bool
     """It had the devices of one that was made to be captured (plan/command.py)."""
     nat: Sequence[int]
@@ -54,7 +55,7 @@ def _of_image(world: World, image: Value) -> Captured:
     nat = [index for index, nic in enumerate(warm["spec"]["nics"]) if nic["mode"] == "user"]
     return Captured(
         image["id"], image["name"], folder / files["ram"], folder / files["devices"], (), warm["macs"], warm["uuid_at"],
-        image["agent"], warm["waits"], True, nat,
+        image["agent"], _told(warm["waits"]), True, nat,
         str(folder / files["seed"]) if "seed" in files else "",
     )  # fmt: skip
 
@@ -63,9 +64,14 @@ def _of_snapshot(world: World, snapshot: Value) -> Captured:
     saved = snapshot["memory"]
     return Captured(
         snapshot["id"], snapshot["name"], memory_path(world, snapshot["vm"], snapshot["id"]), None, saved["parts"],
-        snapshot["identity"]["macs"], saved["uuid_at"], saved["agent"], False, saved["as_fork"], saved["nat"],
+        snapshot["identity"]["macs"], saved["uuid_at"], saved["agent"], (), saved["as_fork"], saved["nat"],
         saved["seed"],
     )  # fmt: skip
+
+
+def _told(waits: list[str] | bool) -> list[str]:
+    """What waits in an image of an older version is told nothing: the agent does its work."""
+    return waits if isinstance(waits, list) else []
 
 
 def memory_path(world: World, vm_id: str, snapshot_id: str) -> Path:

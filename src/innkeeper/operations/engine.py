@@ -50,6 +50,11 @@ def _never(ctx: Context) -> bool:
     return False
 
 
+def always(ctx: Context) -> bool:
+    """For `Step.unsynced`."""
+    return True
+
+
 @dataclass(frozen=True)
 class Step:
     """One step. `do` and `undo` must tolerate being run twice, and `undo` a `do` that stopped half-way."""
@@ -60,9 +65,11 @@ class Step:
     keep: bool = False
     idle: Callable[[Context], bool] = _never
     """Whether there is nothing to do this time: that is not worth a line in the journal, which costs a sync."""
-    store_only: bool = False
-    """It changes nothing but the store, so neither its line in the journal nor what it writes needs a sync: after a
-    power cut, either all that came up to the next line is there, or the step is done again."""
+    unsynced: Callable[[Context], bool] = _never
+    """Whether its line in the journal may be lost with the host's power, and with it what the store was told since the
+    last sync: the operation then goes on from an earlier line, or has never been asked for. So it is where a step
+    changes only the store, or what goes with the power (processes, links), or what the next daemon sweeps (the folder
+    of a VM that no document speaks of), and where it syncs before it changes anything else."""
 
 
 @dataclass(frozen=True)
@@ -128,8 +135,10 @@ class Engine:
                 raise busy(target["name"], other)
             writes[hold] = held.value | {"operation": {"id": operation_id, "kind": kind}}
             checks[hold] = held.revision
+        ctx = self._context(operation)
+        first = next(step for step in verb.steps if not step.idle(ctx))
         try:
-            await self._store.transact(writes, checks)
+            await self._store.transact(writes, checks, synced=not first.unsynced(ctx))
         except Conflict:
             return await self.submit(kind, target, args, hold)
         self._start(operation_id)
@@ -299,7 +308,9 @@ class Engine:
         if not journalled and not step.idle(ctx):
             progress = {"fraction": None, "text": ""}
             done = {"data": ctx.data, "result": ctx.result, "target": ctx.target}
-            await self._change(ctx.operation, {"index": index, "progress": progress} | done, synced=not step.store_only)
+            await self._change(
+                ctx.operation, {"index": index, "progress": progress} | done, synced=not step.unsynced(ctx)
+            )
         again = await self._fault(verb.kind, step.name, "before")
         await step.do(ctx)
         if again:
@@ -364,7 +375,7 @@ class Engine:
 
     async def _try_change(self, operation: str, fields: Value) -> None:
         try:
-            await self._change(operation, fields)
+            await self._change(operation, fields, synced=False)
         except InnkeeperError as error:
             log.warning("progress not recorded", error=str(error))
 

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from time import monotonic
 
-from innkeeper.base.errors import ActionRefused, BootTimeout
+from innkeeper.base.errors import ActionRefused, AgentFailed, BootTimeout
 from innkeeper.base.nofollow import take_file
 from innkeeper.machine.machine import Machine
 from innkeeper.operations import image_make, vm_launch
@@ -15,7 +15,8 @@ from innkeeper.operations.chains import own_layers, role_of
 from innkeeper.operations.engine import Context, Step, Verb
 from innkeeper.operations.vm_create import discard_folder, forget
 from innkeeper.plan.chain import file_name
-from innkeeper.plan.rebirth import HELLO, PREPARE, WAIT, forms
+from innkeeper.plan.rebirth import PREPARE, forms
+from innkeeper.plan.waiting import HELLO, WAIT
 from innkeeper.qemu.agent_exec import capture as run_in_guest
 from innkeeper.qemu.ram import find_all
 from innkeeper.store.contract import Value
@@ -61,7 +62,7 @@ async def capture(ctx: Context) -> None:
             raise ActionRefused(f"{vm['name']} ended before it was captured", hint="try again")
         await image_make.new_workspace(ctx)
         ctx.report(None, "capturing")
-        ctx.data["waits"] = await _leave_waiter(machine) if image["agent"] else False
+        ctx.data["waits"] = await _leave_waiter(machine) if image["agent"] else []
         await ctx.save()
         await machine.capture(staged := workspace / "devices.new")
         await world.machines.discard(vm["id"])
@@ -94,12 +95,18 @@ async def capture(ctx: Context) -> None:
     }  # fmt: skip
 
 
-async def _leave_waiter(machine: Machine) -> bool:
-    """Start in the guest what its forks tell who they are. Connected first: without a host it would see the end."""
+async def _leave_waiter(machine: Machine) -> list[str]:
+    """Start in the guest what its forks tell who they are; what it holds open. Connected first: without a host it would
+    see the end."""
     port = await machine.dial_waiter()
     async with machine.agent() as agent:
         ended, _, _ = await run_in_guest(agent, ["/bin/sh", "-s"], stdin=WAIT.encode())
-    return ended.status == 0 and await port.line(PATIENCE) == HELLO
+    if ended.status != 0:
+        return []
+    try:
+        return (await port.ask(b"", HELLO, PATIENCE)).splitlines()[:-1]
+    except AgentFailed:
+        return []
 
 
 def _take(source: Path, target: Path) -> None:

@@ -19,7 +19,7 @@ from innkeeper.base.units import TIB
 from innkeeper.operations import snapshot_create, vm_create
 from innkeeper.operations.chains import layer_path
 from innkeeper.operations.consolidate import abandon, consolidate
-from innkeeper.operations.engine import Context, Step, Verb
+from innkeeper.operations.engine import Context, Step, Verb, always
 from innkeeper.operations.image_verify import check_untouched
 from innkeeper.operations.networks import claim_checks
 from innkeeper.operations.snapshots import MOST_NVRAM, all_layers, check_new, drop_layers, drop_nvram
@@ -139,6 +139,8 @@ async def unprepare(ctx: Context) -> None:
     """They are gone again, unless they are in use."""
     if not ctx.data.get("begun"):
         await drop_layers(ctx, ctx.target["id"], ctx.data.get("layers", []))
+        if ctx.data.get("changes_over"):
+            drop_nvram(ctx.world, ctx.target["id"], ctx.data["snapshot"])  # of a `switch` whose line the power took
 
 
 async def switch(ctx: Context) -> None:
@@ -148,7 +150,9 @@ async def switch(ctx: Context) -> None:
 
 
 async def _record(ctx: Context) -> None:
-    await update(ctx.world.store, f"vm/{ctx.target['id']}", lambda vm: vm | {"disks": ctx.data["layers"]})
+    runs = ctx.world.machines.get(ctx.target["id"]) is not None  # else nobody writes to them before the end
+    key, disks = f"vm/{ctx.target['id']}", {"disks": ctx.data["layers"]}
+    await update(ctx.world.store, key, lambda vm: vm | disks, synced=runs)
 
 
 async def unswitch(ctx: Context) -> None:
@@ -235,14 +239,22 @@ def _not_merged(ctx: Context) -> bool:
     return _stays(ctx) or bool(ctx.args["linked"])
 
 
+def _is_linked(ctx: Context) -> bool:
+    return bool(ctx.args["linked"])
+
+
+def _no_variables(ctx: Context) -> bool:
+    return not ctx.data.get("nvram")
+
+
 STEPS = (
-    Step("claim", claim, unclaim, store_only=True),
+    Step("claim", claim, unclaim, unsynced=always),
     Step("prepare", prepare, unprepare, idle=_stays),
     Step("freeze", snapshot_create.freeze, snapshot_create.thaw, idle=_not_frozen),
-    Step("switch", switch, unswitch, idle=_stays),
+    Step("switch", switch, unswitch, idle=_stays, unsynced=always),  # of one that runs it syncs
     Step("thaw", snapshot_create.thaw, idle=_not_frozen),
-    Step("copy", copy, vm_create.remove_files),
-    Step("settle", settle, vm_create.unsettle),
+    Step("copy", copy, vm_create.remove_files, unsynced=_is_linked),
+    Step("settle", settle, vm_create.unsettle, unsynced=_no_variables),
     Step("merge", merge, abandon, keep=True, idle=_not_merged),
 )
 VERB = Verb("vm-clone", STEPS)

@@ -24,7 +24,7 @@ from innkeeper.base.nofollow import write_file
 from innkeeper.base.units import format_size
 from innkeeper.network.ports import is_free, who_listens
 from innkeeper.operations.chains import chain, own_layers, role_of
-from innkeeper.operations.engine import Context, Step, Verb, busy
+from innkeeper.operations.engine import Context, Step, Verb, always, busy
 from innkeeper.operations.image_verify import check_untouched
 from innkeeper.operations.networks import claim_addresses, claim_checks, follow
 from innkeeper.plan.chain import layer_record
@@ -323,9 +323,9 @@ async def unsettle(ctx: Context) -> None:
 
 
 STEPS = (
-    Step("claim", claim, unclaim, store_only=True),
-    Step("make-files", make_files, remove_files),
-    Step("settle", settle, unsettle, store_only=True),
+    Step("claim", claim, unclaim, unsynced=always),
+    Step("make-files", make_files, remove_files, unsynced=always),
+    Step("settle", settle, unsettle, unsynced=always),
 )
 VERB = Verb("vm-create", STEPS)
 

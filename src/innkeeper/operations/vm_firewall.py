@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from innkeeper.base.errors import ActionRefused
-from innkeeper.operations.engine import Context, Step, Verb
+from innkeeper.operations.engine import Context, Step, Verb, always
 from innkeeper.operations.networks import follow, nics
 from innkeeper.operations.world import World
 from innkeeper.plan.network import Nic
@@ -100,7 +100,7 @@ def remarks(vm: Value, change: FirewallChange, cards: tuple[Nic, ...]) -> list[s
     return said
 
 
-STEPS = (Step("write", write, take_back, store_only=True), Step("bring", bring))
+STEPS = (Step("write", write, take_back, unsynced=always), Step("bring", bring))
 VERB = Verb("vm-firewall", STEPS)
 
 

@@ -4,16 +4,18 @@ can talk to it."""
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 
 from innkeeper.base.errors import ActionRefused, AgentFailed, AgentUnavailable, Unsupported
 from innkeeper.machine.machine import Machine
 from innkeeper.operations import fork_of_vm, vm_create, vm_start
 from innkeeper.operations.captured import Captured, captured
-from innkeeper.operations.engine import Context, Step, Verb
+from innkeeper.operations.engine import Context, Step, Verb, always
 from innkeeper.operations.rebirth import ALLOWED, heard, new_self, tell_agent
 from innkeeper.operations.world import World
 from innkeeper.plan.identity import misfit
-from innkeeper.plan.rebirth import DONE, Rebirth, words
+from innkeeper.plan.rebirth import DONE, Rebirth
+from innkeeper.plan.waiting import calls
 from innkeeper.store.contract import Value
 
 SUFFIX = "-warm"
@@ -51,11 +53,12 @@ async def _as_itself(ctx: Context, vm: Value, machine: Machine, found: Captured)
     return heard(vm, answer)
 
 
-async def _tell(machine: Machine, waits: bool, who: Rebirth) -> str:
+async def _tell(machine: Machine, waits: Sequence[str], who: Rebirth) -> str:
     """Through the port of what waits in the guest. That is told once: a daemon that comes later asks the agent."""
     if waits and machine.waiter is not None:
         try:
-            return await machine.waiter.ask(words(who), DONE, ALLOWED)
+            told = calls(waits, who)
+            return told.answer(await machine.waiter.ask(told.message(), DONE, ALLOWED))
         finally:
             machine.drop_waiter()
     return await tell_agent(machine, who)
@@ -108,10 +111,10 @@ async def _make_files(ctx: Context) -> None:
 
 STEPS = (
     Step("wait", fork_of_vm.wait, idle=_nothing_to_wait_for),
-    Step("claim", _claim, vm_create.unclaim, store_only=True),
-    Step("make-files", _make_files, vm_create.remove_files),
-    Step("settle", vm_create.settle, vm_create.unsettle, store_only=True),
+    Step("claim", _claim, vm_create.unclaim, unsynced=always),
+    Step("make-files", _make_files, vm_create.remove_files, unsynced=always),
+    Step("settle", vm_create.settle, vm_create.unsettle, unsynced=always),
     *(step for step in vm_start.STEPS if step.do is not vm_start.run),
-    Step("go-on", go_on),
+    Step("go-on", go_on, unsynced=always),  # `run` syncs
 )
 VERB = Verb("vm-fork", STEPS)

@@ -15,7 +15,7 @@ from innkeeper.machine.states import LIVE
 from innkeeper.network.ports import is_free, who_listens
 from innkeeper.operations.captured import captured, memory_path
 from innkeeper.operations.chains import chain
-from innkeeper.operations.engine import Context, Step
+from innkeeper.operations.engine import Context, Step, always
 from innkeeper.operations.network_doctor import warn_before_boot
 from innkeeper.operations.networks import plugged_in
 from innkeeper.operations.vm_create import claim_ports, write_first_boot
@@ -162,7 +162,7 @@ async def _go_on(world: World, vm: Value, planned: Plan, taps: Sequence[int]) ->
     state, new = state_with(found.state(ram), nics), forms(vm["identity"]["uuid"])
 
     async def load(machine: Machine) -> None:
-        await machine.go_on_from(state, saved=found.devices is not None, agent=found.agent, waiter=found.waits)
+        await machine.go_on_from(state, saved=found.devices is not None, agent=found.agent, waiter=bool(found.waits))
         overwrite(machine.process.pid.number, [(at, new[form]) for at, form in found.uuid_at])
         if found.parts:
             await machine.load_screen(ram, found.parts)
@@ -282,7 +282,7 @@ async def _state(ctx: Context, state: str) -> None:
 
 
 STEPS = (
-    Step("admit", admit, unadmit, store_only=True),
-    Step("spawn", spawn, kill),
+    Step("admit", admit, unadmit, unsynced=always),
+    Step("spawn", spawn, kill, unsynced=always),
     Step("run", run),
 )

@@ -11,7 +11,7 @@ from innkeeper.plan.chain import Chain, Layer
 from innkeeper.plan.identity import Identity
 from innkeeper.plan.network import tap_name
 from innkeeper.plan.options import Constants, Json, Option, Tap
-from innkeeper.plan.rebirth import PORT as REBIRTH_PORT
+from innkeeper.plan.waiting import PORT as REBIRTH_PORT
 from innkeeper.spec.disk import DiskSpec
 from innkeeper.spec.nic import NicSpec
 from innkeeper.spec.vm import VMSpec

@@ -3,15 +3,12 @@
 Everything a guest copies with its memory and disk and must not share: hostname, machine-id, SSH host keys, MAC
 addresses, the random pool, and a clock that stands at the moment of the capture.
 
-Where the guest has Perl, as Debian and Ubuntu always do, a process that was started before the capture waits for this
-on a port of its own. It has been compiled, and Perl's system calls need no program to be started: under software
-emulation each start takes dozens of milliseconds. Elsewhere, and where a daemon died in between, the agent runs a
-shell script.
+A process that was started before the capture does it, where there is one (plan/waiting.py); elsewhere, and where a
+daemon died in between, the agent runs a shell script.
 
 machine-id(5); random(4): RNDADDENTROPY credits what it is given, RNDRESEEDCRNG uses it at once, while what is only
-written to /dev/urandom is used up to a minute later; netdevice(7): SIOCSIFHWADDR; sshd(8): SIGHUP makes it read its
-keys again; linux/route.h: SIOCDELRT, SIOCADDRT; disable_ipv6 of ip-sysctl.rst makes the kernel forget addresses and ask
-for a router again. System call numbers are those of x86-64, as the machines are. No link is taken down meanwhile:
+written to /dev/urandom is used up to a minute later; sshd(8): SIGHUP makes it read its keys again; disable_ipv6 of
+ip-sysctl.rst makes the kernel forget addresses and ask for a router again. No link is taken down meanwhile:
 systemd-networkd would look for its configuration again, by the MAC address that it has read there.
 """
 
@@ -25,9 +22,8 @@ from uuid import UUID
 
 from innkeeper.plan.seed import HostKey
 
-PORT = "org.innkeeper.rebirth.0"
-HELLO, DONE, NOTE = "innkeeper-waits", "innkeeper-done", "note: "
-"""The first line, the last one of question and answer, and how a line begins that is no complaint."""
+DONE, NOTE = "innkeeper-done", "note: "
+"""The last line of an answer, and how a line begins that is no complaint."""
 
 
 @dataclass(frozen=True)
@@ -73,122 +69,6 @@ sshd, it starts one when somebody comes, with the keys of then; else the one tha
 CONFIGURATIONS = ("/etc/systemd/network", "/etc/netplan", "/etc/network", "/etc/network/interfaces.d")
 """Folders of files that may tell a card by its MAC address, as cloud-init writes them."""
 
-_PERL = rf"""
-# Whatever can be done before the capture is done before: each fork pays for the rest.
-my @said;
-local $SIG{{__WARN__}} = sub {{ push @said, @_ }};
-sub get {{
-  my ($from, $text) = (undef, "");
-  open($from, "<", $_[0]) and sysread($from, $text, 65536);
-  $text;
-}}
-sub ready {{
-  my ($file, $mode, $mask) = @_;
-  my $before = umask($mask // 022);
-  my $to;
-  open($to, $mode, $file) or warn "$file: $!\n";
-  umask($before);
-  $to;
-}}
-sub put {{
-  my ($to, $text) = @_;
-  truncate($to, 0) && syswrite($to, $text) or warn "a file: $!\n";
-}}
-sub files {{
-  my ($folder) = @_;
-  opendir(my $all, $folder) or return;
-  grep {{ -f }} map {{ "$folder/$_" }} readdir $all;
-}}
-my $pool = ready("/dev/urandom", "+<");
-my $now_called = ready("/proc/sys/kernel/hostname", "+<");
-my $called = ready("/etc/hostname", "+>>");
-my @machine_ids = map {{ -f && !-l ? ready($_, "+>>") : () }} "/etc/machine-id", "/var/lib/dbus/machine-id";
-my @hosts = split(/^127\.0\.1\.1.*/m, get("/etc/hosts"), -1);
-my $hosts = @hosts > 1 && ready("/etc/hosts", "+>>");
-my $key = "/etc/ssh/ssh_host_ed25519_key";
-my ($private, $public) = -d "/etc/ssh" ? (ready($key, "+>>", 077), ready("$key.pub", "+>>")) : ();
-my ($sshd) = get("/run/sshd.pid") =~ /^(\d+)/;
-my $resolvers = -f "/etc/resolv.conf" && !-l "/etc/resolv.conf" && ready("/etc/resolv.conf", "+>>");
-socket(my $any, 2, 2, 0);
-opendir(my $nics, "/sys/class/net");
-my %nic_with = map {{ get("/sys/class/net/$_/address") =~ /(.+)/ ? ($1 => $_) : () }} grep {{ !/^\./ }} readdir $nics;
-my $switch = "/proc/sys/net/ipv6/conf/%s/disable_ipv6";
-my %ipv6 = map {{ get(sprintf $switch, $_) =~ /^0/ ? ($_ => ready(sprintf($switch, $_), "+<")) : () }} values %nic_with;
-my @naming = map {{
-  my ($file, $text) = ($_, get($_));
-  (grep {{ index($text, $_) >= 0 }} keys %nic_with) ? [ready($file, "+>>"), $text] : ();
-}} map {{ files($_) }} qw({" ".join(CONFIGURATIONS)});
-sub card {{
-  my ($nic, $what, $request) = @_;
-  ioctl($any, $what, $request) or warn "$nic: $!\n";
-}}
-sub route {{
-  my ($nic, $to, $hop, $flags) = @_;
-  my $way = "x8 S x2 a4 x8 S x2 a4 x8 S x14 S x30 p x24";
-  $way = pack($way, 2, pack("H*", $to), 2, pack("H*", $hop), 2, $flags, $nic);
-  # Another card of the same network may have made it: EEXIST.
-  ioctl($any, 0x890b, $way) || $! == 17 or warn "$nic: $!\n";
-}}
-sub settle {{
-  my ($nic, $address, $mask, $gateway, $resolver, $domain, $mtu, @hosts) = @_;
-  card($nic, 0x8922, pack("a16 i x20", $nic, $mtu)) if $mtu;
-  my $default = pack("x8 S x14 S x14 S x14 S x30 p x24", 2, 2, 2, 1, $nic);
-  1 while ioctl($any, 0x890c, $default);
-  for my $set ([0x8916, $address], [0x891c, $mask]) {{
-    card($nic, $set->[0], pack("a16 S x2 a4 x16", $nic, 2, pack("H*", $set->[1])));
-  }}
-  route($nic, "0" x 8, $gateway, 3) if $gateway;
-  while (my ($host, $hop) = splice(@hosts, 0, 2)) {{ route($nic, $host, $hop, 7) }}
-  if (my $off = $ipv6{{$nic}}) {{ sysseek($off, 0, 0) && syswrite($off, $_) for 1, 0 }}
-  put($resolvers, "search $domain\nnameserver $resolver\n") if $resolvers;
-}}
-sub reborn {{
-  my %who = @_;
-  my $noise = pack("H*", $who{{seed}});
-  $noise = pack("ii", 8 * length $noise, length $noise) . $noise;
-  ioctl($pool, 0x40085203, $noise) && ioctl($pool, 0x5207, 0) or warn "the random pool: $!\n";
-  put($called, "$who{{name}}\n");
-  put($_, "$who{{machine_id}}\n") for @machine_ids;
-  put($hosts, join("127.0.1.1 $who{{name}}", @hosts)) if $hosts;
-  for my $each (@naming) {{
-    my ($to, $text) = @$each;
-    $text =~ s/\b(..(?::..){{5}})\b/$who{{$1}} || $1/ge;
-    put($to, $text);
-  }}
-  if ($private) {{
-    put($private, pack("H*", $who{{private}}));
-    put($public, pack("H*", $who{{public}}));
-  }}
-  # From here on other programs notice, and have work to do.
-  for my $old (sort {{ $nic_with{{$a}} cmp $nic_with{{$b}} }} keys %nic_with) {{
-    my $mac = $who{{$old}} or next;
-    my $nic = $nic_with{{$old}};
-    card($nic, 0x8924, pack("a16 S a22", $nic, 1, pack("H*", $mac =~ tr/://dr)));
-    settle($nic, split(/,/, $who{{"$old,place"}})) if $who{{"$old,place"}};
-  }}
-  syswrite($now_called, $who{{name}}) or warn "the hostname: $!\n";
-  my $now = pack("qq", $who{{seconds}}, $who{{microseconds}});
-  syscall(164, $now, 0) == 0 or warn "the clock: $!\n";
-  kill("HUP", $sshd) if $sshd;
-}}
-open(my $port, "+<", $ARGV[0]) or exit 1;
-syswrite($port, "{HELLO}\n");
-my $text = "";
-until ($text =~ s/^{DONE}\n\z//m) {{ sysread($port, $text, 65536, length $text) or exit 1 }}
-eval {{ reborn(split /[ \n]/, $text); 1 }} or push @said, $@;
-syswrite($port, join("", @said) . "{DONE}\n");
-"""
-
-WAIT = f"""\
-command -v perl >/dev/null 2>&1 || exit 1
-for port in /sys/class/virtio-ports/*; do
-  name=
-  {{ read -r name <"$port/name"; }} 2>/dev/null
-  [ "$name" != {PORT} ] || exec setsid perl -e {shlex.quote(_PERL)} "/dev/${{port##*/}}" </dev/null >/dev/null 2>&1 &
-done
-"""
-"""For `sh`: leaves the process that waits, which says `HELLO` on the port."""
-
 
 def state_with(state: bytes, nics: Sequence[tuple[str, str]]) -> bytes:
     """The captured state of the devices with each old MAC address exchanged for its new one, of the same length.
@@ -206,37 +86,6 @@ def forms(uuid: str) -> list[bytes]:
     three fields little-endian), and as kernels and programs have written it down."""
     value = UUID(uuid)
     return [value.bytes_le, str(value).encode(), str(value).upper().encode()]
-
-
-def words(who: Rebirth) -> str:
-    """What is written to the port: names and values in turn, none of which has a blank in it."""
-    told = {
-        "name": who.name,
-        "machine_id": who.machine_id,
-        "seconds": int(who.seconds),
-        "microseconds": int(who.seconds % 1 * 1e6),
-        "seed": who.seed.hex(),
-        "private": _line(who.host_key.private).hex(),
-        "public": _line(who.host_key.public).hex(),
-        **dict(who.nics),
-        **{f"{old},place": _told(place) for old, place in who.places.items()},
-    }
-    return "".join(f"{name} {value}\n" for name, value in told.items()) + DONE + "\n"
-
-
-def _told(place: Place) -> str:
-    numbers = (place.address, place.address.netmask, place.gateway)
-    routes = [each.packed.hex() for route in place.routes for each in route]
-    return ",".join(
-        [
-            *(n.packed.hex() if n else "" for n in numbers), str(place.resolver), place.domain,
-            str(place.mtu or ""), *routes,
-        ]
-    )  # fmt: skip
-
-
-def _line(text: str) -> bytes:
-    return f"{text.strip()}\n".encode()
 
 
 def reseed(seed: bytes) -> str:

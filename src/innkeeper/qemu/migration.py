@@ -74,13 +74,15 @@ async def load(monitor: Monitor, state: bytes, *, saved: bool = False) -> None:
     try:
         os.write(fd, state)
         os.lseek(fd, 0, os.SEEK_SET)
-        if saved:
-            await _ignore_shared(monitor)
-        await monitor.execute("migrate-set-parameters", {"announce-rounds": 0})
-        await monitor.give("state", fd)
+        # All at once: QEMU does them in this order, and what fails makes the loading fail.
+        await asyncio.gather(
+            *([_ignore_shared(monitor)] if saved else []),
+            monitor.execute("migrate-set-parameters", {"announce-rounds": 0}),
+            monitor.give("state", fd),
+            monitor.execute("migrate-incoming", {"uri": "fd:state"}),
+        )
     finally:
         os.close(fd)
-    await monitor.execute("migrate-incoming", {"uri": "fd:state"})
     await _completed(monitor)
 
 

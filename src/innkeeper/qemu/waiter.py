@@ -1,9 +1,8 @@
-"""The process in a captured guest that waits to be told who it is now, on a port of its own (plan/rebirth.py)."""
+"""The process in a captured guest that waits to be told who it is now, on a port of its own (plan/waiting.py)."""
 
 from __future__ import annotations
 
 import asyncio
-from contextlib import suppress
 from pathlib import Path
 
 from innkeeper.base.errors import AgentFailed, AgentUnavailable
@@ -11,7 +10,7 @@ from innkeeper.base.units import KIB
 from innkeeper.qemu.sockets import connect
 
 NAME = "rebirth.sock"
-ANSWER = 64 * KIB
+ANSWER = 256 * KIB
 """Bytes of an answer at most: a guest wrote it."""
 
 
@@ -30,19 +29,12 @@ class Waiter:
             raise AgentUnavailable(f"{folder / NAME} cannot be used: {error.strerror}") from None
         return Waiter(*await asyncio.open_unix_connection(sock=connection, limit=ANSWER))
 
-    async def line(self, seconds: float) -> str:
-        """The next line, without its end; empty when there is none within `seconds`."""
-        with suppress(TimeoutError, ValueError, OSError):
-            async with asyncio.timeout(seconds):
-                return (await self._reader.readline()).decode(errors="replace").strip()
-        return ""
-
-    async def ask(self, text: str, last: str, seconds: float) -> str:
-        """Write `text`; what comes back up to the line `last`. Raises `AgentFailed` when it does not within
+    async def ask(self, message: bytes, last: str, seconds: float) -> str:
+        """Write `message`; what comes back up to the line `last`. Raises `AgentFailed` when it does not within
         `seconds`."""
         try:
             async with asyncio.timeout(seconds):
-                self._writer.write(text.encode())
+                self._writer.write(message)
                 answer = await self._reader.readuntil(f"{last}\n".encode())
         except TimeoutError:
             raise AgentFailed(f"the guest was not done within {seconds:.0f} s") from None

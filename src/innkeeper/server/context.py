@@ -78,7 +78,7 @@ class Context:
         return await self.engine.submit(f"vm-{action}", target, args, hold=f"vm/{vm['id']}")
 
 
-def _context(connection: HTTPConnection) -> Context:
+async def _context(connection: HTTPConnection) -> Context:  # FastAPI calls what is not async in a thread
     return cast(Context, connection.app.state.context)
 
 

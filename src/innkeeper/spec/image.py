@@ -49,7 +49,9 @@ class Warm(Model):
     uuid: str
     uuid_at: tuple[tuple[int, int], ...] = Field(description="Offset in RAM, form: where the UUID is (plan/rebirth)")
     macs: tuple[str, ...]
-    waits: bool = Field(description="A process in the guest waits to be told who it is now")
+    waits: tuple[str, ...] = Field(
+        description="What a process that waits in the guest to be told who it is holds open (plan/waiting)"
+    )
 
 
 class TemplateRequest(Model):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import bisect
+import itertools
 import json
 from collections import deque
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 
 from innkeeper.base.errors import Conflict
 from innkeeper.store.contract import Change, Document, Value
@@ -44,8 +45,10 @@ class MemoryStore:
     ) -> int:
         # Through JSON: the caller keeps its own copy, and what is not JSON fails here rather than at a restart.
         texts = {key: None if value is None else json.dumps(value) for key, value in writes.items()}
-        # Shielded: a caller that is cancelled half-way must not leave the medium and the memory apart.
-        return await asyncio.shield(self._transact(texts, checks or {}, synced))
+        writing = self._transact(texts, checks or {}, synced)
+        # Shielded: a caller that is cancelled half-way must not leave the medium and the memory apart. One that is not
+        # synced waits for nothing once it has its turn.
+        return await (asyncio.shield(writing) if synced else writing)
 
     async def _transact(self, texts: Mapping[str, str | None], checks: Mapping[str, int], synced: bool) -> int:
         async with self._writing:
@@ -80,15 +83,19 @@ class MemoryStore:
         self._changed.set()
         self._changed = asyncio.Event()
 
+    def _since(self, after: int) -> Sequence[Change]:
+        """Few of many, as a rule."""
+        return [*itertools.takewhile(lambda change: change.revision > after, reversed(self._changes))][::-1]
+
     async def watch(self, prefix: str, after: int) -> AsyncIterator[Change]:
         while True:
             if after < self._forgotten:
                 raise Conflict(f"changes up to revision {self._forgotten} are forgotten", revision=after)
             changed = self._changed
             upto = self._revision
-            pending = [c for c in self._changes if c.revision > after and c.key.startswith(prefix)]
-            for change in pending:
-                yield change
+            for change in self._since(after):
+                if change.key.startswith(prefix):
+                    yield change
             after = upto
             await changed.wait()
 

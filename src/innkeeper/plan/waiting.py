@@ -1,0 +1,249 @@
+"""The process that waits in a captured guest, on a port of its own, and what it is told in a fork (plan/rebirth.py).
+
+An emulated guest pays for whatever it executes for the first time, and a fork executes everything for the first time.
+So the guest does nothing that can be done before the capture, or here: it has opened all that will be changed and told
+what that is, and is handed a list of system calls. It needs Perl, as Debian and Ubuntu always have it, compiled before
+the capture, and of that only what makes them.
+
+System calls have the numbers of x86-64, as the machines do: write(2) 1, ioctl(2) 16, kill(2) 62,
+ftruncate(2) 77, setpriority(2) 141, sched_setscheduler(2) 144, clock_settime(2) 227, exit_group(2) 231. random(4):
+RNDADDENTROPY, RNDRESEEDCRNG; netdevice(7): SIOCSIFHWADDR; linux/route.h: SIOCDELRT, SIOCADDRT.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Sequence
+from struct import pack
+
+from innkeeper.plan.rebirth import CONFIGURATIONS, DONE, Place, Rebirth
+
+PORT = "org.innkeeper.rebirth.0"
+HELLO = "innkeeper-waits"
+"""The last line of what it tells before the capture."""
+LARGEST = 16384
+"""Bytes of a file that tells a card by its MAC address, at most; a larger one stays as it is."""
+LINGERS = 10
+"""Seconds for which it stays: ending is work, and the first seconds of a fork are somebody's."""
+
+_PERL = rf"""
+sub get {{
+  my ($from, $text) = (undef, "");
+  open($from, "<", $_[0]) and sysread($from, $text, 65536);
+  $text;
+}}
+my @open;
+my $told = "";
+sub hold {{
+  my ($what, $file, $mode, $mask, @more) = @_;
+  my $before = umask($mask // 022);
+  my $opened = open(my $to, $mode, $file);
+  umask($before);
+  $opened or return;
+  push @open, $to;
+  $told .= join(" ", $what, fileno $to, map {{ unpack "H*", $_ }} @more) . "\n";
+}}
+sub files {{
+  my ($folder) = @_;
+  opendir(my $all, $folder) or return;
+  grep {{ -f && -s _ <= {LARGEST} }} map {{ "$folder/$_" }} readdir $all;
+}}
+hold("pool", "/dev/urandom", "+<");
+hold("called", "/proc/sys/kernel/hostname", "+<");
+hold("name", "/etc/hostname", "+>>");
+-f && !-l and hold("machine-id", $_, "+>>") for "/etc/machine-id", "/var/lib/dbus/machine-id";
+my @hosts = split(/^127\.0\.1\.1.*/m, get("/etc/hosts"), -1);
+hold("hosts", "/etc/hosts", "+>>", undef, @hosts) if @hosts > 1;
+my $key = "/etc/ssh/ssh_host_ed25519_key";
+if (-d "/etc/ssh") {{ hold("private", $key, "+>>", 077); hold("public", "$key.pub", "+>>") }}
+get("/run/sshd.pid") =~ /^(\d+)/ and $told .= "sshd $1\n";
+my $resolvers;
+-f "/etc/resolv.conf" && !-l "/etc/resolv.conf" and open($resolvers, "+>>", "/etc/resolv.conf");
+socket(my $any, 2, 2, 0);
+opendir(my $nics, "/sys/class/net");
+my %nic_with = map {{ get("/sys/class/net/$_/address") =~ /(.+)/ ? ($1 => $_) : () }} grep {{ !/^\./ }} readdir $nics;
+$told .= join(" ", "card", fileno $any, map {{ unpack "H*", $_ }} $nic_with{{$_}}, $_) . "\n" for keys %nic_with;
+my $switch = "/proc/sys/net/ipv6/conf/%s/disable_ipv6";
+my %ipv6;
+get(sprintf $switch, $_) =~ /^0/ and open($ipv6{{$_}}, "+<", sprintf $switch, $_) for values %nic_with;
+for my $file (map {{ files($_) }} qw({" ".join(CONFIGURATIONS)})) {{
+  my $text = get($file);
+  hold("naming", $file, "+>>", undef, $text) if grep {{ index($text, $_) >= 0 }} keys %nic_with;
+}}
+my @said;
+sub card {{
+  my ($nic, $what, $request) = @_;
+  ioctl($any, $what, $request) or push @said, "$nic: $!\n";
+}}
+sub route {{
+  my ($nic, $to, $hop, $flags) = @_;
+  my $way = "x8 S x2 a4 x8 S x2 a4 x8 S x14 S x30 p x24";
+  $way = pack($way, 2, pack("H*", $to), 2, pack("H*", $hop), 2, $flags, $nic);
+  # Another card of the same network may have made it: EEXIST.
+  ioctl($any, 0x890b, $way) || $! == 17 or push @said, "$nic: $!\n";
+}}
+sub settle {{
+  my ($nic, $address, $mask, $gateway, $resolver, $domain, $mtu, @hosts) = @_;
+  card($nic, 0x8922, pack("a16 i x20", $nic, $mtu)) if $mtu;
+  my $default = pack("x8 S x14 S x14 S x14 S x30 p x24", 2, 2, 2, 1, $nic);
+  1 while ioctl($any, 0x890c, $default);
+  for my $set ([0x8916, $address], [0x891c, $mask]) {{
+    card($nic, $set->[0], pack("a16 S x2 a4 x16", $nic, 2, pack("H*", $set->[1])));
+  }}
+  route($nic, "0" x 8, $gateway, 3) if $gateway;
+  while (my ($host, $hop) = splice(@hosts, 0, 2)) {{ route($nic, $host, $hop, 7) }}
+  if (my $off = $ipv6{{$nic}}) {{ sysseek($off, 0, 0) && syswrite($off, $_) for 1, 0 }}
+  if ($resolvers) {{ truncate($resolvers, 0); syswrite($resolvers, "search $domain\nnameserver $resolver\n") }}
+}}
+# Nobody who notices what it does shall have his turn before it has answered: SCHED_FIFO, or at least nice -20.
+my $first = pack("i", 1);
+syscall(144, 0, 1, $first) == 0 or syscall(141, 0, 0, -20);
+open(my $port, "+<", $ARGV[0]) or exit 1;
+syswrite($port, $told . "{HELLO}\n");
+my ($text, $at, $call) = ("", 8, 0);
+while (length $text < 8 || length $text < substr($text, 0, 8)) {{
+  sysread($port, $text, 65536, length $text) or exit 1;
+}}
+while ($at < length $text) {{
+  my $what = substr($text, $at, 4) + 0;
+  my $file = substr($text, $at + 4, 6) + 0;
+  my $number = substr($text, $at + 10, 12) + 0;
+  my $size = substr($text, $at + 22, 6) + 0;
+  my $data = substr($text, $at + 28, $size);
+  $at = $at + 28 + $size;
+  if ($what == 0) {{ settle(split(/,/, $data)) }}
+  elsif ($what == 16) {{ syscall(16, $file, $number, $data) < 0 and push @said, "$call $!\n" }}
+  elsif ($size) {{ syscall($what, $file, $data, $number) < 0 and push @said, "$call $!\n" }}
+  else {{ syscall($what, $file, $number, 0) < 0 and push @said, "$call $!\n" }}
+  $call = $call + 1;
+}}
+syswrite($port, join("", @said) . "{DONE}\n");
+sleep {LINGERS};
+syscall(231, 0);
+"""
+
+WAIT = f"""\
+command -v perl >/dev/null 2>&1 || exit 1
+for port in /sys/class/virtio-ports/*; do
+  name=
+  {{ read -r name <"$port/name"; }} 2>/dev/null
+  [ "$name" != {PORT} ] || exec setsid perl -e {shlex.quote(_PERL)} "/dev/${{port##*/}}" </dev/null >/dev/null 2>&1 &
+done
+"""
+"""For `sh`: leaves the process that waits, which tells on the port what it holds open, a line each, and `HELLO`."""
+
+_SETTLE, _WRITE, _IOCTL, _KILL, _TRUNCATE, _SET_CLOCK = 0, 1, 16, 62, 77, 227
+_RNDADDENTROPY, _RNDRESEEDCRNG, _SIOCSIFHWADDR = 0x40085203, 0x5207, 0x8924
+_ETHERNET, _HUP, _CLOCK_REALTIME = 1, 1, 0
+
+
+class Calls:
+    """What one fork is told: system calls, with a word for what each is good for; none for those that may fail."""
+
+    def __init__(self) -> None:
+        self._records: list[bytes] = []
+        self._good_for: list[str] = []
+
+    def add(self, good_for: str, what: int, file: int, number: int = 0, data: bytes = b"") -> None:
+        """`data` goes where the call wants a pointer: last for an ioctl, else before `number`."""
+        self._records.append(b"%4d%6d%12d%6d%b" % (what, file, number, len(data), data))
+        self._good_for.append(good_for)
+
+    def put(self, good_for: str, file: int, text: bytes) -> None:
+        """All that a file holds from now on."""
+        self.add(good_for, _TRUNCATE, file)
+        self.add(good_for, _WRITE, file, len(text), text)
+
+    def message(self) -> bytes:
+        """What is written to the port."""
+        text = b"".join(self._records)
+        return b"%8d%b" % (8 + len(text), text)
+
+    def answer(self, text: str) -> str:
+        """What came back, with words instead of numbers."""
+        lines = []
+        for line in text.splitlines():
+            number, blank, why = line.partition(" ")
+            if blank and number.isdigit() and int(number) < len(self._good_for):
+                if not (good_for := self._good_for[int(number)]):
+                    continue
+                line = f"{good_for}: {why}"
+            lines.append(line)
+        return "".join(f"{line}\n" for line in lines)
+
+
+def calls(told: Sequence[str], who: Rebirth) -> Calls:
+    """What makes somebody else of a guest in which a process waits that has `told` what it holds open."""
+    held = _read(told)
+    made, new = Calls(), dict(who.nics)
+    noise = pack("ii", 8 * len(who.seed), len(who.seed)) + who.seed
+    for file, _ in held.get("pool", ()):
+        made.add("the random pool", _IOCTL, file, _RNDADDENTROPY, noise)
+        made.add("the random pool", _IOCTL, file, _RNDRESEEDCRNG, bytes(8))
+    for what, text in (
+        ("name", f"{who.name}\n"), ("machine-id", f"{who.machine_id}\n"),
+        ("private", f"{who.host_key.private.strip()}\n"), ("public", f"{who.host_key.public.strip()}\n"),
+    ):  # fmt: skip
+        for file, _ in held.get(what, ()):
+            made.put(_FILES[what], file, text.encode())
+    for file, parts in held.get("hosts", ()):
+        made.put("/etc/hosts", file, f"127.0.1.1 {who.name}".encode().join(parts))
+    for file, (before, *_) in held.get("naming", ()):
+        made.put("a file that names a card", file, _renamed(before, new))
+    # From here on other programs notice, and have work to do.
+    for file, (nic, mac, *_) in sorted(held.get("card", ()), key=lambda card: card[1]):
+        if mine := new.get(old := mac.decode(errors="replace")):
+            hardware = pack("16sH6s16x", nic, _ETHERNET, bytes.fromhex(mine.replace(":", "")))
+            made.add(f"the MAC address of {nic.decode(errors='replace')}", _IOCTL, file, _SIOCSIFHWADDR, hardware)
+            if place := who.places.get(old):
+                made.add("", _SETTLE, 0, 0, b"%b,%b" % (nic, _words(place).encode()))
+    for file, _ in held.get("called", ()):
+        made.add("the hostname", _WRITE, file, len(who.name), who.name.encode())
+    now = pack("qq", int(who.seconds), int(who.seconds % 1 * 1e9))
+    made.add("the clock", _SET_CLOCK, _CLOCK_REALTIME, 0, now)
+    for pid, _ in held.get("sshd", ()):
+        made.add("", _KILL, pid, _HUP)
+    return made
+
+
+_FILES = {
+    "name": "/etc/hostname",
+    "machine-id": "/etc/machine-id",
+    "private": "the SSH host key",
+    "public": "the SSH host key",
+}
+
+
+_FIELDS = {"naming": 1, "card": 2}
+"""Of which kinds there is something to be known besides the descriptor: how many fields."""
+
+
+def _read(told: Sequence[str]) -> dict[str, list[tuple[int, list[bytes]]]]:
+    """By kind: a descriptor (or a pid), and what else there is to it. The guest wrote it: what makes no sense is left
+    out."""
+    held: dict[str, list[tuple[int, list[bytes]]]] = {}
+    for line in told:
+        if re.fullmatch(r"[a-z-]+ \d{1,6}( ([0-9a-f]{2})*)*", line):
+            kind, file, *more = line.split(" ")
+            if len(more) >= _FIELDS.get(kind, 0):
+                held.setdefault(kind, []).append((int(file), [bytes.fromhex(field) for field in more]))
+    return held
+
+
+def _renamed(text: bytes, new: dict[str, str]) -> bytes:
+    """A file's text with each MAC address exchanged for its new one."""
+    return re.sub(
+        rb"\b..(?::..){5}\b", lambda found: new.get(found[0].decode(errors="replace"), "").encode() or found[0], text
+    )
+
+
+def _words(place: Place) -> str:
+    numbers = (place.address, place.address.netmask, place.gateway)
+    routes = [each.packed.hex() for route in place.routes for each in route]
+    return ",".join(
+        [
+            *(n.packed.hex() if n else "" for n in numbers), str(place.resolver), place.domain,
+            str(place.mtu or ""), *routes,
+        ]
+    )  # fmt: skip
