@@ -32,6 +32,16 @@ SSH_KEY = A(
 )
 ADDRESS = A(("--address",), "its IPv4 address in the network; a free one by default", {"metavar": "ADDRESS"})
 NETWORK = A(("--network",), "network to join, made with inn network create", {"metavar": "NETWORK"}, "network")
+MACVTAP = A(
+    ("--macvtap",),
+    "interface of the host, like eth0, whose network the guest is in, past the host itself",
+    {"metavar": "INTERFACE"},
+)
+MACVTAP_MODE = A(
+    ("--macvtap-mode",),
+    "to other guests on that interface: bridge (default), directly; vepa, by the switch outside; private, not at all",
+    {"choices": ("bridge", "vepa", "private")},
+)
 USER_DATA = A(("--user-data",), "cloud-init user-data; - is stdin", {"metavar": "FILE"}, "file")
 
 SNAPSHOT = A(("snapshot",), "name or id of the snapshot", {"metavar": "SNAP"})

@@ -15,6 +15,8 @@ from innkeeper.cli.arguments import (
     IMAGES,
     INSIDE,
     MACHINES,
+    MACVTAP,
+    MACVTAP_MODE,
     NETWORK,
     NO_WAIT,
     SNAPSHOT,
@@ -62,6 +64,8 @@ COMMANDS: tuple[C, ...] = (
             ),
             NETWORK,
             ADDRESS,
+            MACVTAP,
+            MACVTAP_MODE,
             A(("--nic",), "user: NAT (default); none: cable not plugged in", {"choices": ("user", "none")}),
             A(
                 ("--env", "-e"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from typing import Any
 
 from innkeeper.cli import terminal
 from innkeeper.cli.parser import usage_error
@@ -18,13 +19,12 @@ def ls(inn: Innkeeper, args: Namespace) -> int:
         for card in cards:
             terminal.say(str(card["index"]))
     elif cards:
-        words = {"user": "user-mode NAT", "none": "cable not plugged in"}
         rows = [
             (
                 (str(card["index"]), "bold"),
                 card["mac"],
                 card["model"],
-                card["network"] or (words.get(card["mode"], card["mode"]), "dim"),
+                card["network"] or (where(card), "dim"),
                 ", ".join(filter(None, (card["address"], card["address6"]))),
                 (card["tap"] or "", "dim"),
                 (str(card["dropped"]), "yellow") if card["dropped"] else "",
@@ -38,21 +38,39 @@ def ls(inn: Innkeeper, args: Namespace) -> int:
 
 
 def add(inn: Innkeeper, args: Namespace) -> int:
-    if args.network and args.mode:
-        raise usage_error(args, "--network and --mode are two ways of saying where the card is plugged in: drop one")
+    one_way(args, "network", "macvtap", "mode")
     vm = inn.vm(args.vm)
     before = {card["index"] for card in vm.nics}
     if args.address and not args.network:
         raise usage_error(args, "--address is in a network: add --network")
     more = {"model": args.model, "mac": args.mac, "address": args.address}
+    more |= {"macvtap": args.macvtap, "macvtap_mode": args.macvtap_mode}
     operation = vm.nic_add(network=args.network, mode=args.mode or "user", **more)
     return conclude(args, operation, lambda done: _added(inn, done, before))
 
 
+def one_way(args: Namespace, *options: str) -> None:
+    """A card is plugged in in one way only. Raises `UsageError`."""
+    given = [f"--{name}" for name in options if getattr(args, name)]
+    if len(given) > 1:
+        two = " and ".join(given)
+        raise usage_error(args, f"{two} are ways of saying where the card is plugged in: drop all but one")
+    if args.macvtap_mode and not args.macvtap:
+        raise usage_error(args, "--macvtap-mode is of --macvtap")
+
+
+def where(card: dict[str, Any]) -> str:
+    """What a card is plugged into, in words."""
+    words = {"user": "user-mode NAT", "none": "cable not plugged in"}
+    return card.get("network") or words.get(card["mode"]) or f"{card['mode']} on {card.get('parent')}"
+
+
 def _added(inn: Innkeeper, operation: Operation, before: set[int]) -> str:
     (card,) = [card for card in inn.vm(operation.target).nics if card["index"] not in before]
-    where = f"in {card['network']}, {card['address']}" if card["network"] else "user-mode NAT"
-    return f"{operation.target} has card {card['index']}: {card['mac']}, {where}"
+    at = f"in {card['network']}, {card['address']}" if card["network"] else where(card)
+    said = [f"{operation.target} has card {card['index']}: {card['mac']}, {at}"]
+    said += [terminal.paint(terminal.clean(text), "yellow") for text in operation.result.get("warnings") or ()]
+    return "\n".join(said)
 
 
 def remove(inn: Innkeeper, args: Namespace) -> int:

@@ -8,6 +8,7 @@ from typing import Any
 from innkeeper.base.clock import age
 from innkeeper.base.units import format_age, format_size
 from innkeeper.cli import terminal
+from innkeeper.cli.nics import where
 from innkeeper.cli.terminal import Cell
 from innkeeper.client import Innkeeper
 
@@ -145,10 +146,10 @@ def _disks(vm: dict[str, Any]) -> list[tuple[str, Any]]:
 def _network(vm: dict[str, Any], spec: dict[str, Any], ssh: bool) -> list[tuple[str, Any]]:
     lines: list[tuple[str, Any]] = []
     for index, nic in enumerate(nic for nic in spec.get("nics") or () if nic.get("mode") != "absent"):
-        mode = {"user": "user-mode NAT", "none": "cable not plugged in"}.get(nic.get("mode", ""), nic.get("mode", ""))
-        if nic.get("mode") == "network":
-            mode = f"in {nic['network']}" + (f", {vm['address']}" if not index and vm.get("address") else "")
-        parts = (mode, nic.get("model"), nic.get("mac"))
+        at = f"in {nic['network']}" if nic.get("mode") == "network" else where(nic)
+        if nic.get("mode") != "user" and not index and vm.get("address"):
+            at += f", {vm['address']}"
+        parts = (at, nic.get("model"), nic.get("mac"))
         lines.append(("" if index else "Network", " · ".join(str(part) for part in parts if part)))
     if spec.get("metadata"):
         lines.append(("Metadata", ["http://169.254.169.254", ("  answers this guest", "dim")]))

@@ -143,11 +143,14 @@ class VM:
         model: str = "virtio",
         mac: str | None = None,
         address: str | None = None,
+        macvtap: str | None = None,
+        macvtap_mode: str | None = None,
     ) -> Operation:
-        """Plug in one more card, at once if it runs: into a network, or with QEMU's own NAT. `address`: in the
-        network, IPv4."""
-        nic = {"mode": "network" if network else mode, "network": network, "model": model, "mac": mac}
-        nic["address"] = address
+        """Plug in one more card, at once if it runs: into a network, onto an interface of the host (`macvtap`), or
+        with QEMU's own NAT. `address`: in the network, IPv4."""
+        mode = "network" if network else "macvtap" if macvtap else mode
+        nic = {"mode": mode, "network": network, "model": model, "mac": mac, "address": address}
+        nic |= {"parent": macvtap, "macvtap_mode": macvtap_mode}
         return self._rewire({"do": "add", "nic": nic})
 
     def nic_remove(self, index: int) -> Operation:

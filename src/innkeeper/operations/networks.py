@@ -12,6 +12,7 @@ from contextlib import asynccontextmanager, suppress
 from time import monotonic
 
 from innkeeper.base.errors import ActionRefused, AddressTaken, InnkeeperError, InvalidInput
+from innkeeper.network import macvtap
 from innkeeper.operations.world import World
 from innkeeper.plan.network import (
     TAP,
@@ -24,7 +25,7 @@ from innkeeper.plan.network import (
     place_of,
     tap_name,
 )
-from innkeeper.plan.options import Tap
+from innkeeper.plan.options import Macvtap, Tap
 from innkeeper.plan.rebirth import Place
 from innkeeper.spec.vm import VMSpec
 from innkeeper.store.contract import Value
@@ -159,12 +160,33 @@ async def plugged_in(world: World, vm: Value, taps: Sequence[Tap]) -> AsyncItera
         yield []
         return
     await follow(world, vm["id"])
-    opened = await world.fabric.open_taps(vm["id"], [tap.name for tap in taps])
+    opened = await open_taps(world, vm["id"], taps)
     try:
         yield opened
+    except BaseException:
+        await asyncio.shield(macvtap.leave_only(vm["id"]))
+        raise
     finally:
         for fd in opened:
             os.close(fd)
+
+
+async def open_taps(world: World, vm_id: str, taps: Sequence[Tap]) -> list[int]:
+    """Descriptors of taps in networks and of macvtaps, in this order. The caller's to close once QEMU has them."""
+    in_networks = [tap.name for tap in taps if not isinstance(tap, Macvtap)]
+    opened: dict[str, int] = {}
+    try:
+        if in_networks:
+            opened |= zip(in_networks, await world.fabric.open_taps(vm_id, in_networks), strict=True)
+        for tap in taps:
+            if isinstance(tap, Macvtap):
+                opened[tap.name] = await macvtap.open_macvtap(tap, world.home.data)
+    except BaseException:
+        for fd in opened.values():
+            os.close(fd)
+        await asyncio.shield(macvtap.remove([tap.name for tap in taps if isinstance(tap, Macvtap)]))
+        raise
+    return [opened[tap.name] for tap in taps]
 
 
 async def begin(world: World) -> None:
@@ -189,5 +211,6 @@ async def keep(world: World) -> None:
         with suppress(InnkeeperError):  # it is tried again
             if rules:
                 await world.fabric.count()
-            for text in await world.fabric.heal(look_at_rules=rules):
+            healed = await macvtap.heal(world.home.data) if rules or not world.fabric.has_networks else []
+            for text in [*healed, *await world.fabric.heal(look_at_rules=rules)]:
                 await world.events.append("network.healed", text, level="warning")

@@ -15,8 +15,10 @@ from pydantic import TypeAdapter
 from innkeeper.base.errors import ActionRefused, QemuGone, UnplugRefused
 from innkeeper.machine.machine import Machine
 from innkeeper.machine.states import LIVE
+from innkeeper.network import macvtap
+from innkeeper.operations import host_cards
 from innkeeper.operations.engine import Context, Step, Verb
-from innkeeper.operations.networks import follow
+from innkeeper.operations.networks import follow, open_taps
 from innkeeper.operations.vm_update import rewrite, unwrite
 from innkeeper.operations.world import World
 from innkeeper.plan.devices import card, taps, user_forwards, user_netdev
@@ -24,7 +26,7 @@ from innkeeper.plan.identity import Identity
 from innkeeper.plan.wiring import changed
 from innkeeper.qemu import cards
 from innkeeper.spec.vm import VMSpec
-from innkeeper.spec.wiring import Change, RemoveNic
+from innkeeper.spec.wiring import AddNic, Change, RemoveNic
 from innkeeper.store.contract import Value, update
 
 CHANGE: TypeAdapter[Change] = TypeAdapter(Change)
@@ -49,6 +51,8 @@ async def write(ctx: Context) -> None:
     old, change = ctx.data.get("old", vm), CHANGE.validate_python(ctx.args["change"])
     spec, identity = changed(VMSpec.model_validate(old["spec"]), Identity.model_validate(old["identity"]), change)
     await rewrite(ctx, spec, {"cards": identity.cards}, pending=old["pending"])
+    if isinstance(change, AddNic) and (said := await host_cards.remarks([change.nic])):
+        ctx.result["warnings"] = said
 
 
 async def bring(ctx: Context) -> None:
@@ -77,6 +81,7 @@ async def _bring(world: World, vm_id: str, seconds: float) -> None:
     there = await cards.present(machine.monitor)
     for index in sorted(there - wanted):
         await cards.unplug(machine.monitor, index, seconds)
+    await macvtap.leave_only(vm_id, [tap.name for tap in taps(spec, identity) if tap.index in there])
     await follow(world, vm_id)  # its rules are in force before its first packet
     for index in sorted(wanted - there):
         await _plug(world, machine, spec, identity, index)
@@ -90,11 +95,11 @@ async def _plug(world: World, machine: Machine, spec: VMSpec, identity: Identity
     device, netdev = card(index, nic, identity), None
     if nic.mode == "user":
         netdev = user_netdev(index, nic, identity)
-    if nic.mode != "network":
+    tap = next((tap for tap in taps(spec, identity) if tap.index == index), None)
+    if tap is None:
         await cards.plug(machine.monitor, device, netdev)
         return
-    (tap,) = [tap for tap in taps(spec, identity) if tap.netdev == f"net{index}"]
-    (fd,) = await world.fabric.open_taps(identity.id, [tap.name])
+    (fd,) = await open_taps(world, identity.id, [tap])
     try:
         await machine.monitor.give(tap.name, fd)
     finally:

@@ -126,6 +126,8 @@ async def spawn(ctx: Context) -> None:
 
 async def _start(ctx: Context, vm: Value) -> None:
     world = ctx.world
+    if world.machines.get(vm["id"]):  # half-way: its end would take away what is opened now
+        await world.machines.discard(vm["id"])
     planned = await plan(ctx, vm)
     async with plugged_in(world, vm, planned.taps) as taps:
         await _spawn(ctx, vm, planned, taps)

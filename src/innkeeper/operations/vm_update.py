@@ -14,6 +14,8 @@ from innkeeper.spec.vm import VMSpec
 from innkeeper.store.contract import Value
 
 CLAIMS = ("port/", "address/")
+PARENT = ("parent", "macvtap_mode")
+"""Fields of a card on an interface of the host."""
 
 
 async def write(ctx: Context) -> None:
@@ -33,8 +35,8 @@ async def write(ctx: Context) -> None:
     await follow(ctx.world, vm["id"])
 
 
-def _networks(spec: Value) -> list[tuple[str | None, str | None]]:
-    return [(nic.get("network"), nic.get("address")) for nic in spec["nics"]]
+def _networks(spec: Value) -> list[tuple[str | None, ...]]:
+    return [tuple(nic.get(key) for key in ("network", "address", *PARENT)) for nic in spec["nics"]]
 
 
 async def rewrite(ctx: Context, spec: VMSpec, identity: Value, *, pending: bool) -> None:

@@ -9,8 +9,8 @@ from itertools import pairwise
 from innkeeper.plan import pci
 from innkeeper.plan.chain import Chain, Layer
 from innkeeper.plan.identity import Identity
-from innkeeper.plan.network import tap_name
-from innkeeper.plan.options import Constants, Json, Option, Tap
+from innkeeper.plan.network import macvtap_name, tap_name
+from innkeeper.plan.options import Constants, Json, Macvtap, Option, Tap
 from innkeeper.plan.rebirth import PORT as REBIRTH_PORT
 from innkeeper.spec.disk import DiskSpec
 from innkeeper.spec.nic import NicSpec
@@ -186,10 +186,17 @@ def with_nat(argv: Sequence[str]) -> list[int]:
 
 
 def taps(spec: VMSpec, identity: Identity) -> tuple[Tap, ...]:
-    """What the NICs in networks are plugged into."""
-    return tuple(
-        Tap(f"net{index}", tap_name(identity.id, index)) for index, nic in enumerate(spec.nics) if nic.mode == "network"
-    )
+    """What the NICs in networks, and those on interfaces of the host, are plugged into."""
+    return tuple(tap for index, nic in enumerate(spec.nics) if (tap := _tap(index, nic, identity)))
+
+
+def _tap(index: int, nic: NicSpec, identity: Identity) -> Tap | None:
+    if nic.mode == "network":
+        return Tap(index, tap_name(identity.id, index))
+    if nic.mode == "macvtap":
+        name, mode = macvtap_name(identity.id, index), nic.macvtap_mode or "bridge"
+        return Macvtap(index, name, str(nic.parent), mode, identity.macs[index])
+    return None
 
 
 def user_netdev(index: int, nic: NicSpec, identity: Identity) -> Json:

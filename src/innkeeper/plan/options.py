@@ -72,12 +72,25 @@ class RamImage:
 class Tap:
     """A NIC in a network: QEMU gets the descriptor of the tap `name`, which it may not open by itself."""
 
-    netdev: str
+    index: int
     name: str
+
+    @property
+    def netdev(self) -> str:
+        return f"net{self.index}"
 
     def option(self, fd: int) -> Option:
         """The netdev of a QEMU that inherits the tap as `fd`."""
         return Option("-netdev", {"type": "tap", "id": self.netdev, "fd": str(fd)})
+
+
+@dataclass(frozen=True)
+class Macvtap(Tap):
+    """A NIC on an interface of the host, `parent`: the descriptor is that of a macvtap `name` with the guest's MAC."""
+
+    parent: str
+    mode: str
+    mac: str
 
 
 @dataclass(frozen=True)
@@ -92,7 +105,7 @@ class Plan:
     ram: RamImage | None = None
     """The guest's memory when it goes on from a captured one; the option for it is made when QEMU is spawned."""
     taps: tuple[Tap, ...] = ()
-    """NICs in networks; the options for them are made when QEMU is spawned."""
+    """NICs in networks and on interfaces of the host; the options for them are made when QEMU is spawned."""
     uid: int | None = None
     groups: tuple[int, ...] = ()
 

@@ -211,7 +211,7 @@ def _own_packets(nic: Nic) -> list[list[Expression]]:
     kind = _field("icmpv6", "type")
     nobody = _match(_field("ip6", "saddr"), "::")
     return [
-        *_nobodys(nic, drop),
+        *_nobodys(nic.mac, drop),
         [_match(_field("ip", "saddr"), nic.address), ACCEPT],
         [
             _match(_field("arp", "saddr ether"), nic.mac),
@@ -238,19 +238,23 @@ def _own_packets_outside(nic: Nic, drop: list[Expression]) -> list[list[Expressi
     """The same where the network outside says who has which address."""
     mark: Expression = {"meta": {"key": "mark"}}
     marked: Expression = {"mangle": {"key": mark, "value": {"|": [mark, ON_THE_OUTSIDE]}}}
+    return [*nobodys_outside(nic.mac, drop), [marked, ACCEPT]]
+
+
+def nobodys_outside(mac: str, drop: list[Expression]) -> list[list[Expression]]:
+    """What no guest sends that is on a network outside, whatever its address there."""
     return [
-        *_nobodys(nic, drop),
+        *_nobodys(mac, drop),
         [_match(_field("icmpv6", "type"), {"set": ["nd-router-advert", "nd-redirect"]}), *drop],
-        [_match(_field("arp", "saddr ether"), nic.mac, "!="), *drop],
-        [marked, ACCEPT],
+        [_match(_field("arp", "saddr ether"), mac, "!="), *drop],
     ]
 
 
-def _nobodys(nic: Nic, drop: list[Expression]) -> list[list[Expression]]:
+def _nobodys(mac: str, drop: list[Expression]) -> list[list[Expression]]:
     """What no guest sends: from another card, another protocol, in a VLAN of any kind, as a DHCP server, or such that
     nobody sees what it is before it is put together (RFC 7112, 6980)."""
     return [
-        [_match(_field("ether", "saddr"), nic.mac, "!="), *drop],
+        [_match(_field("ether", "saddr"), mac, "!="), *drop],
         [_match(ETHERTYPE, {"set": [0x0800, 0x0806, 0x86DD]}, "!="), *drop],
         [_match(_field("udp", "sport"), {"set": [67, 547]}), *drop],
         [_match(BEHIND_FRAGMENT, UPPER_LAYERS, "!="), *drop],

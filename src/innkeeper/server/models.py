@@ -173,12 +173,14 @@ class CheckView(Open):
 
 
 class NicView(Open):
-    """`index`: its number, which it keeps. The addresses and the tap are those of a card in a network; `dropped`:
+    """`index`: its number, which it keeps. The tap is that of a card in a network, or the macvtap of one on `parent`,
+    an interface of the host; where the network outside gives addresses, the guest's agent tells them. `dropped`:
     packets that it sent as somebody else, or as only a router may, since its rules were made."""
 
     index: int
-    mode: Literal["user", "network", "none"]
+    mode: Literal["user", "network", "macvtap", "none"]
     network: str | None
+    parent: str | None
     model: str
     mac: str
     address: str | None

@@ -104,6 +104,12 @@ async def _check_network(ctx: Context, source: Value, body: ForkRequest) -> None
     """Raises `NotFound`, `InvalidInput`, `ActionRefused` where forks cannot come into the network."""
     warm = source.get("warm")
     nics = plugged_into((warm or source)["spec"]["nics"], body.network)
+    if outside := next((nic["parent"] for nic in nics if nic.get("parent")), None):
+        raise ActionRefused(
+            f"{source['name']} has a card on {outside}, where the network outside gives addresses: forks would go on"
+            " with its address",
+            hint=f"inn clone {source['name']} boots anew; or fork it with --network default",
+        )
     if not any(nic.get("network") for nic in nics):
         return
     await ensure_default(ctx.world, ctx.engine, [nic.get("network") for nic in nics])
