@@ -16,7 +16,7 @@ from innkeeper.host.facts import Cgroup, Cpu, Firmware, HostFacts, Kernel, Memor
 from innkeeper.plan.chain import Chain, Layer
 from innkeeper.plan.command import Files, command
 from innkeeper.plan.identity import Identity, assign
-from innkeeper.plan.options import Constants, Plan
+from innkeeper.plan.options import Constants, Macvtap, Plan, Tap
 from innkeeper.spec.image import Image
 from innkeeper.spec.vm import VMSpec
 
@@ -219,6 +219,24 @@ GOING_ON = (
 """Those that boot nothing but wait for saved memory, and the one that theirs is of: a device that one of them has and
 another has not, and what was saved cannot be loaded."""
 
+ON_HOST = (
+    Case(
+        "nic-macvtap",
+        {
+            "nics": [
+                {"mode": "macvtap", "parent": "eth0"},
+                {"mode": "network", "network": "lab"},
+                {"mode": "macvtap", "parent": "wan,fd=0", "macvtap_mode": "vepa", "model": "e1000e"},
+            ]
+        },
+    ),
+)
+"""Those with cards on interfaces of the host, which is not the one that the tests run on."""
+
+
+def _on(tap: Tap) -> str:
+    return f", macvtap on {tap.parent}, {tap.mode}, {tap.mac}" if isinstance(tap, Macvtap) else ""
+
 
 def text(plan: Plan) -> str:
     """One option per line; what is not ASCII, or would break a line, is escaped."""
@@ -234,7 +252,7 @@ def text(plan: Plan) -> str:
         else:
             lines.append(f"{option.flag} {json.dumps(option.value)}")
     lines += [f"# fdset {number}: {json.dumps(path)}" for number, path in enumerate(plan.fdsets, 1)]
-    lines += [f"# tap: {tap.name} for {tap.netdev}" for tap in plan.taps]
+    lines += [f"# tap: {tap.name} for {tap.netdev}{_on(tap)}" for tap in plan.taps]
     if plan.ram:
         lines.append(f"# ram: {plan.ram.size} bytes of {json.dumps(plan.ram.path)}")
     lines.append(f"# user: {plan.uid}, groups: {list(plan.groups)}")

@@ -59,7 +59,7 @@ async def clean(home: Home, vm_id: str) -> None:
     for name in SOCKETS:
         (home.vm(vm_id) / name).unlink(missing_ok=True)
     try:
-        await macvtap.leave_only(vm_id)
+        await macvtap.leave_only(vm_id, (), home.networks)
     except NetworkFailed as error:  # the next daemon does
         log.error("a macvtap cannot be removed", vm=vm_id, error=str(error))
     await cgroup.remove(home, vm_id)

@@ -148,7 +148,7 @@ class Machines:
             if vm_id not in self._live:
                 await cgroup.remove(self._home, vm_id)
         try:
-            await macvtap.sweep(self._home.data, self._live)
+            await macvtap.sweep(self._live, self._home.networks)
         except NetworkFailed as error:
             log.error("macvtaps that nobody uses cannot be removed", error=str(error))
 

@@ -1,7 +1,7 @@
 """Macvtaps: a guest on an interface of the host, past the host's own network.
 
-Other than a tap, a macvtap stays when the descriptor of its QEMU is closed. So whoever sees that QEMU's end removes it,
-and a daemon that comes later those that it finds without one. Its alias says which daemon has made it.
+Other than a tap, a macvtap stays when the descriptor of its QEMU is closed. So it is written down before it is made;
+whoever sees that QEMU's end removes it, and a daemon that comes later those that it finds without one.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import os
 import socket
 import stat
 import struct
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -69,67 +69,69 @@ async def check_parent(name: str) -> str:
     return ""
 
 
-async def open_macvtap(wanted: Macvtap, owner: Path) -> int:
-    """Make a macvtap, with its rules in force before its first packet, and return its descriptor. `owner` is the data
-    folder. Nothing is left where it fails: `NetworkFailed`, `InvalidInput`, `Unsupported`."""
+async def open_macvtap(wanted: Macvtap, records: Path) -> int:
+    """Make a macvtap, with its rules in force before its first packet, and return its descriptor. `records` is the
+    folder for what is to be removed. Nothing is left where it fails: `NetworkFailed`, `InvalidInput`, `Unsupported`."""
     await check_parent(wanted.parent)
-    await remove([wanted.name])  # of a QEMU that ended unseen
+    await remove([wanted.name], records)  # of a QEMU that ended unseen
     try:
+        records.mkdir(mode=0o755, parents=True, exist_ok=True)
+        _record(records, wanted.name).write_text(wanted.mac)
         async with open_netlink() as netlink:
             (parent,) = await netlink.link_lookup(ifname=wanted.parent)
             how = {"kind": "macvtap", "link": parent, "macvtap_mode": MODES[wanted.mode]}
             await netlink.link("add", ifname=wanted.name, address=wanted.mac, **how)
-            (index,) = await netlink.link_lookup(ifname=wanted.name)
-            await netlink.link("set", index=index, ifalias=_alias(owner))
             await _protect(wanted.name, wanted.mac)
             disable_ipv6(wanted.name)  # the host has nothing to say on it
+            (index,) = await netlink.link_lookup(ifname=wanted.name)
             await netlink.link("set", index=index, state="up", flags=UP | ALLMULTI, mask=UP | ALLMULTI)
         return await asyncio.to_thread(_open_device, wanted.name)
     except BaseException:
         with suppress(NetworkFailed):
-            await remove([wanted.name])
+            await remove([wanted.name], records)
         raise
 
 
-async def remove(names: Collection[str]) -> None:
-    """Those of them that are there, and their rules."""
-    if gone := set(names) & _there():
-        async with open_netlink() as netlink:
-            for name in gone:
+async def remove(names: Iterable[str], records: Path) -> None:
+    """Those of them that were made, and their rules."""
+    for name in names:
+        if (record := _record(records, name)).exists():
+            async with open_netlink() as netlink:
                 for index in await netlink.link_lookup(ifname=name):
                     await netlink.link("del", index=index)
-    tables = await firewall.tables("netdev", MACVTAP) if gone else set()
-    for name in gone & tables:
-        await firewall.apply(rules.removed(name))
+            await firewall.apply(rules.removed(name))
+            record.unlink(missing_ok=True)
 
 
-async def leave_only(vm: str, wanted: Collection[str] = ()) -> None:
+async def leave_only(vm: str, wanted: Collection[str], records: Path) -> None:
     """A VM has no other macvtaps than these."""
-    await remove([name for name in _there() if name.startswith(_begin(vm)) and name not in wanted])
+    await remove([name for name in _recorded(records, vm) if name not in wanted], records)
 
 
-async def sweep(owner: Path, running: Collection[str]) -> None:
+async def sweep(running: Collection[str], records: Path) -> None:
     """After a start of the daemon: remove what QEMUs have left that ended meanwhile. `running` are ids of VMs."""
-    if os.geteuid() != 0:
-        return
-    begins = tuple(map(_begin, running))
-    await remove([name for name in await _ours(owner) if not name.startswith(begins)])
+    kept = {name for vm in running for name in _recorded(records, vm)}
+    await remove(_recorded(records).keys() - kept, records)
 
 
-async def heal(owner: Path) -> list[str]:
+async def heal(records: Path) -> list[str]:
     """Put back rules that somebody has taken away; what that was, in sentences."""
-    found = []
-    for name, mac in (await _ours(owner) if _there() else {}).items():
-        if not await firewall.has(rules.rules(name, mac), ("netdev", name)):
+    found, there = [], {name for _, name in socket.if_nameindex()}
+    for name, mac in _recorded(records).items():
+        if name in there and not await firewall.has(rules.rules(name, mac), ("netdev", name)):
             await _protect(name, mac)
             found.append(f"the rules of {name} had been changed by another program: restored")
     return found
 
 
-async def dropped(vm: str) -> dict[str, int]:
+def any_there(records: Path) -> bool:
+    """Whether there is something to look after."""
+    return bool(_recorded(records))
+
+
+async def dropped(vm: str, records: Path) -> dict[str, int]:
     """Packets of each macvtap of a VM that its guest had no right to send."""
-    names = [name for name in _there() if name.startswith(_begin(vm))]
-    return {name: await firewall.counted(("netdev", name), rules.DROPPED) for name in names}
+    return {name: await firewall.counted(("netdev", name), rules.DROPPED) for name in _recorded(records, vm)}
 
 
 # --- the parts ---
@@ -145,31 +147,14 @@ async def _protect(name: str, mac: str) -> None:
         ) from None
 
 
-def _begin(vm: str) -> str:
-    return macvtap_name(vm, 0).removesuffix("0")
+def _record(records: Path, name: str) -> Path:
+    return records / f"{name}.mac"
 
 
-def _alias(owner: Path) -> str:
-    return f"innkeeper {owner}"[:255]
-
-
-def _there() -> set[str]:
-    """Names of all macvtaps of ours, or of another daemon's; without netlink's library, since it is asked often."""
-    return {name for _, name in socket.if_nameindex() if name.startswith(MACVTAP)}
-
-
-async def _ours(owner: Path) -> dict[str, str]:
-    """Name → MAC of those that this daemon's data folder has made."""
-    if not _there():
-        return {}
-    async with open_netlink() as netlink:
-        links = [link async for link in await netlink.get_links()]
-    named = {str(link.get("ifname")): link for link in links}
-    return {
-        name: str(link.get("address"))
-        for name, link in named.items()
-        if name.startswith(MACVTAP) and link.get("ifalias") == _alias(owner)
-    }
+def _recorded(records: Path, vm: str | None = None) -> dict[str, str]:
+    """Name → MAC of all that were made and not removed, or of one VM's."""
+    begin = macvtap_name(vm, 0).removesuffix("0") if vm else MACVTAP
+    return {path.stem: path.read_text() for path in records.glob(f"{begin}*.mac")}
 
 
 def _open_device(name: str) -> int:

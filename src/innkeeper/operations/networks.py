@@ -164,7 +164,7 @@ async def plugged_in(world: World, vm: Value, taps: Sequence[Tap]) -> AsyncItera
     try:
         yield opened
     except BaseException:
-        await asyncio.shield(macvtap.leave_only(vm["id"]))
+        await asyncio.shield(macvtap.leave_only(vm["id"], (), world.home.networks))
         raise
     finally:
         for fd in opened:
@@ -180,11 +180,12 @@ async def open_taps(world: World, vm_id: str, taps: Sequence[Tap]) -> list[int]:
             opened |= zip(in_networks, await world.fabric.open_taps(vm_id, in_networks), strict=True)
         for tap in taps:
             if isinstance(tap, Macvtap):
-                opened[tap.name] = await macvtap.open_macvtap(tap, world.home.data)
+                opened[tap.name] = await macvtap.open_macvtap(tap, world.home.networks)
     except BaseException:
         for fd in opened.values():
             os.close(fd)
-        await asyncio.shield(macvtap.remove([tap.name for tap in taps if isinstance(tap, Macvtap)]))
+        made = [tap.name for tap in taps if isinstance(tap, Macvtap)]
+        await asyncio.shield(macvtap.remove(made, world.home.networks))
         raise
     return [opened[tap.name] for tap in taps]
 
@@ -211,6 +212,8 @@ async def keep(world: World) -> None:
         with suppress(InnkeeperError):  # it is tried again
             if rules:
                 await world.fabric.count()
-            healed = await macvtap.heal(world.home.data) if rules or not world.fabric.has_networks else []
+            if macvtap.any_there(world.home.networks):
+                world.fabric.watch.begin()
+            healed = await macvtap.heal(world.home.networks) if rules else []
             for text in [*healed, *await world.fabric.heal(look_at_rules=rules)]:
                 await world.events.append("network.healed", text, level="warning")

@@ -81,7 +81,8 @@ async def _bring(world: World, vm_id: str, seconds: float) -> None:
     there = await cards.present(machine.monitor)
     for index in sorted(there - wanted):
         await cards.unplug(machine.monitor, index, seconds)
-    await macvtap.leave_only(vm_id, [tap.name for tap in taps(spec, identity) if tap.index in there])
+    kept = [tap.name for tap in taps(spec, identity) if tap.index in there]
+    await macvtap.leave_only(vm_id, kept, world.home.networks)
     await follow(world, vm_id)  # its rules are in force before its first packet
     for index in sorted(wanted - there):
         await _plug(world, machine, spec, identity, index)

@@ -23,7 +23,8 @@ router = APIRouter(prefix="/v1", tags=["networks"])
 async def list_nics(ctx: Ctx, vm: VMName) -> Response:
     found = await ctx.world.find("vm", vm)
     plugged = {nic.index: nic for nic in await nics(ctx.world, found)}
-    dropped = (await ctx.world.fabric.dropped() if plugged else {}) | await macvtap.dropped(found["id"])
+    dropped = await ctx.world.fabric.dropped() if plugged else {}
+    dropped |= await macvtap.dropped(found["id"], ctx.world.home.networks)
     views = []
     for index, (nic, mac) in enumerate(zip(found["spec"]["nics"], found["identity"]["macs"], strict=True)):
         if nic["mode"] != "absent":
