@@ -88,6 +88,7 @@ class Case:
     slot: int = 7
     ssh_port: int | None = 22007
     ram: str = ""
+    functions: dict[int, str] = field(default_factory=dict)
     how: dict[str, Any] = field(default_factory=dict)
     """What else `command` is told."""
 
@@ -109,7 +110,7 @@ class Case:
             spec, identity or self.identity(), self.facts(), image(self.image) if self.image != "none" else None,
             Files(
                 chains(spec, f"{folder}/disk.qcow2" if self.image == "disk" else None), folder,
-                "seed.iso" if self.seed else "", self.disc, self.ignition, self.ram,
+                "seed.iso" if self.seed else "", self.disc, self.ignition, self.ram, self.functions,
             ),
             **self.how,
         )  # fmt: skip
@@ -230,6 +231,11 @@ ON_HOST = (
             ]
         },
     ),
+    Case(
+        "nic-sriov",
+        {"nics": [{"mode": "sriov", "parent": "ens1f0", "vlan": 100}, {}, {"mode": "sriov", "parent": "ens1f1"}]},
+        functions={0: "0000:3b:02.0", 2: "0000:3b:0a.3"},
+    ),
 )
 """Those with cards on interfaces of the host, which is not the one that the tests run on."""
 
@@ -253,6 +259,8 @@ def text(plan: Plan) -> str:
             lines.append(f"{option.flag} {json.dumps(option.value)}")
     lines += [f"# fdset {number}: {json.dumps(path)}" for number, path in enumerate(plan.fdsets, 1)]
     lines += [f"# tap: {tap.name} for {tap.netdev}{_on(tap)}" for tap in plan.taps]
+    if plan.locked:
+        lines.append(f"# may lock: {plan.locked} bytes")
     if plan.ram:
         lines.append(f"# ram: {plan.ram.size} bytes of {json.dumps(plan.ram.path)}")
     lines.append(f"# user: {plan.uid}, groups: {list(plan.groups)}")

@@ -15,7 +15,7 @@ from innkeeper.spec.nic import NicSpec
 @pytest.mark.parametrize(
     ("nic", "why"),
     [
-        ({"mode": "macvtap"}, "names its parent"),
+        ({"mode": "macvtap"}, "name theirs"),
         ({"mode": "user", "parent": "eth0"}, "do not fit"),
         ({"mode": "macvtap", "parent": "a b"}, "pattern"),
         ({"mode": "macvtap", "parent": "../eth0"}, "pattern"),
@@ -23,6 +23,9 @@ from innkeeper.spec.nic import NicSpec
         ({"mode": "macvtap", "parent": "eth0", "address": "10.0.0.2"}, "the network outside gives them"),
         ({"mode": "macvtap", "parent": "eth0", "publish": [{"host": 1, "guest": 1}]}, "the guest's own address"),
         ({"mode": "network", "network": "lab", "macvtap_mode": "vepa"}, "has no macvtap_mode"),
+        ({"mode": "macvtap", "parent": "eth0", "vlan": 5}, "that is of sriov"),
+        ({"mode": "sriov", "parent": "eth0", "vlan": 4095}, "4094"),
+        ({"mode": "sriov", "parent": "eth0", "model": "e1000e"}, "leave the model out"),
         ({"mode": "macvtap", "parent": "eth0", "macvtap_mode": "passthru"}, "'bridge', 'vepa' or 'private'"),
     ],
 )
@@ -35,6 +38,8 @@ def test_a_wish_has_one_way_of_being_plugged_in():
     (card,) = vm_spec("a", macvtap="eth0", macvtap_mode="vepa")["nics"]
     assert NicSpec.model_validate(card).parent == "eth0"
     assert card["mode"] == "macvtap" and card["macvtap_mode"] == "vepa"
+    (card,) = vm_spec("a", sriov="eth0", vlan=7)["nics"]
+    assert NicSpec.model_validate(card) == NicSpec(mode="sriov", parent="eth0", vlan=7)
     assert "nics" not in vm_spec("a")
     for more in ({"network": "lab"}, {"nic": "none"}, {"nic": "user"}):
         with pytest.raises(InvalidInput, match="plugged in twice"):

@@ -95,7 +95,9 @@ def check(plan: Plan, spec: VMSpec) -> None:
     assert [d["bootindex"] for d in disks] == list(range(1, len(disks) + 1))
     assert [d.get("serial", "") for d in disks] == [disk.serial for disk in spec.disks]
     nics = [d for d in devices if d["id"].startswith("nic")]
-    assert [d["driver"] for d in nics] == [{"virtio": "virtio-net-pci"}.get(n.model, n.model) for n in spec.nics]
+    assert [d["driver"] for d in nics] == [
+        "vfio-pci" if n.mode == "sriov" else {"virtio": "virtio-net-pci"}.get(n.model, n.model) for n in spec.nics
+    ]
     assert all(device["driver"] != "ide-hd" for device in devices)
     # Nothing is in anything's place, and whatever is named is there.
     for unique in ("-device", "-object", "-netdev"):

@@ -42,6 +42,10 @@ MACVTAP_MODE = A(
     "to other guests on that interface: bridge (default), directly; vepa, by the switch outside; private, not at all",
     {"choices": ("bridge", "vepa", "private")},
 )
+SRIOV = A(
+    ("--sriov",), "interface of the host of which the guest gets a virtual function (SR-IOV)", {"metavar": "INTERFACE"}
+)
+VLAN = A(("--vlan",), "VLAN outside that the virtual function is in", {"metavar": "N", "type": int})
 USER_DATA = A(("--user-data",), "cloud-init user-data; - is stdin", {"metavar": "FILE"}, "file")
 
 SNAPSHOT = A(("snapshot",), "name or id of the snapshot", {"metavar": "SNAP"})

@@ -21,9 +21,11 @@ from innkeeper.cli.arguments import (
     NO_WAIT,
     SNAPSHOT,
     SNAPSHOTS,
+    SRIOV,
     SSH_KEY,
     TIMEOUT,
     USER_DATA,
+    VLAN,
     VM,
     VMS,
 )
@@ -66,6 +68,8 @@ COMMANDS: tuple[C, ...] = (
             ADDRESS,
             MACVTAP,
             MACVTAP_MODE,
+            SRIOV,
+            VLAN,
             A(("--nic",), "user: NAT (default); none: cable not plugged in", {"choices": ("user", "none")}),
             A(
                 ("--env", "-e"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from innkeeper.cli.arguments import ADDRESS, BETWEEN, MACVTAP, MACVTAP_MODE, NETWORK, NO_WAIT, VM
+from innkeeper.cli.arguments import ADDRESS, BETWEEN, MACVTAP, MACVTAP_MODE, NETWORK, NO_WAIT, SRIOV, VLAN, VM
 from innkeeper.cli.parser import ports
 from innkeeper.cli.table import Argument as A
 from innkeeper.cli.table import Command as C
@@ -134,6 +134,8 @@ NETWORKS: tuple[C, ...] = (
             NETWORK,
             MACVTAP,
             MACVTAP_MODE,
+            SRIOV,
+            VLAN,
             A(("--mode",), "without --network: user (default), or none for no cable", {"choices": ("user", "none")}),
             A(("--model",), "virtio (default) or e1000e", {"choices": ("virtio", "e1000e"), "default": "virtio"}),
             A(("--mac",), "its MAC address; by default made from the VM's id", {"metavar": "MAC"}),

@@ -28,7 +28,7 @@ def launch(inn: Innkeeper, args: Namespace) -> int:
         raise usage_error(args, "name an image to start from, or a disc with --iso (images: inn image ls)")
     if args.nic == "none" and args.publish:
         raise usage_error(args, "--publish needs a network card whose cable is plugged in: drop --nic none")
-    one_way(args, "network", "macvtap", "nic")
+    one_way(args, "network", "macvtap", "sriov", "nic")
     if args.address and not args.network:
         raise usage_error(args, "--address is in a network: add --network (inn network ls)")
     if args.metadata and not args.network:
@@ -48,6 +48,8 @@ def launch(inn: Innkeeper, args: Namespace) -> int:
         "network": args.network,
         "macvtap": args.macvtap,
         "macvtap_mode": args.macvtap_mode,
+        "sriov": args.sriov,
+        "vlan": args.vlan,
         "address": args.address,
         "user": args.user,
         "ssh_keys": keys,

@@ -26,7 +26,7 @@ def ls(inn: Innkeeper, args: Namespace) -> int:
                 card["model"],
                 card["network"] or (where(card), "dim"),
                 ", ".join(filter(None, (card["address"], card["address6"]))),
-                (card["tap"] or "", "dim"),
+                (card["tap"] or card["function"] or "", "dim"),
                 (str(card["dropped"]), "yellow") if card["dropped"] else "",
             )
             for card in cards
@@ -38,13 +38,13 @@ def ls(inn: Innkeeper, args: Namespace) -> int:
 
 
 def add(inn: Innkeeper, args: Namespace) -> int:
-    one_way(args, "network", "macvtap", "mode")
+    one_way(args, "network", "macvtap", "sriov", "mode")
     vm = inn.vm(args.vm)
     before = {card["index"] for card in vm.nics}
     if args.address and not args.network:
         raise usage_error(args, "--address is in a network: add --network")
     more = {"model": args.model, "mac": args.mac, "address": args.address}
-    more |= {"macvtap": args.macvtap, "macvtap_mode": args.macvtap_mode}
+    more |= {name: getattr(args, name) for name in ("macvtap", "macvtap_mode", "sriov", "vlan")}
     operation = vm.nic_add(network=args.network, mode=args.mode or "user", **more)
     return conclude(args, operation, lambda done: _added(inn, done, before))
 
@@ -57,12 +57,15 @@ def one_way(args: Namespace, *options: str) -> None:
         raise usage_error(args, f"{two} are ways of saying where the card is plugged in: drop all but one")
     if args.macvtap_mode and not args.macvtap:
         raise usage_error(args, "--macvtap-mode is of --macvtap")
+    if args.vlan and not args.sriov:
+        raise usage_error(args, "--vlan is of --sriov")
 
 
 def where(card: dict[str, Any]) -> str:
     """What a card is plugged into, in words."""
     words = {"user": "user-mode NAT", "none": "cable not plugged in"}
-    return card.get("network") or words.get(card["mode"]) or f"{card['mode']} on {card.get('parent')}"
+    vlan = f", VLAN {card['vlan']}" if card.get("vlan") else ""
+    return card.get("network") or words.get(card["mode"]) or f"{card['mode']} on {card.get('parent')}{vlan}"
 
 
 def _added(inn: Innkeeper, operation: Operation, before: set[int]) -> str:

@@ -145,12 +145,14 @@ class VM:
         address: str | None = None,
         macvtap: str | None = None,
         macvtap_mode: str | None = None,
+        sriov: str | None = None,
+        vlan: int | None = None,
     ) -> Operation:
-        """Plug in one more card, at once if it runs: into a network, onto an interface of the host (`macvtap`), or
-        with QEMU's own NAT. `address`: in the network, IPv4."""
-        mode = "network" if network else "macvtap" if macvtap else mode
-        nic = {"mode": mode, "network": network, "model": model, "mac": mac, "address": address}
-        nic |= {"parent": macvtap, "macvtap_mode": macvtap_mode}
+        """Plug in one more card, at once if it runs: into a network, onto an interface of the host (`macvtap`), as a
+        virtual function of one (`sriov`), or with QEMU's own NAT. `address`: in the network, IPv4."""
+        mode = "network" if network else "macvtap" if macvtap else "sriov" if sriov else mode
+        nic: dict[str, Any] = {"mode": mode, "network": network, "model": model, "mac": mac, "address": address}
+        nic |= {"parent": macvtap or sriov, "macvtap_mode": macvtap_mode, "vlan": vlan}
         return self._rewire({"do": "add", "nic": nic})
 
     def nic_remove(self, index: int) -> Operation:

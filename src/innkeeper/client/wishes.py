@@ -44,6 +44,8 @@ def vm_spec(
     network: str | None = None,
     macvtap: str | None = None,
     macvtap_mode: str | None = None,
+    sriov: str | None = None,
+    vlan: int | None = None,
     address: str | None = None,
     user: str | None = None,
     ssh_keys: Iterable[str] = (),
@@ -67,12 +69,13 @@ def vm_spec(
         "env": dict(env or {}),
     }
     forwards = [parse_publish(text) for text in publish]
-    ways = {"network": network, "macvtap": macvtap, nic or "user": nic}
+    ways = {"network": network, "macvtap": macvtap, "sriov": sriov, nic or "user": nic}
     if len(chosen := [f"{mode} {where}" for mode, where in ways.items() if where]) > 1:
         raise InvalidInput(f"a card cannot be plugged in twice: {' and '.join(chosen)}", hint="drop one of the two")
     mode = next((mode for mode, where in ways.items() if where), "user")
     card: dict[str, Any] = {"mode": mode, "publish": forwards}
-    more = {"network": network, "parent": macvtap, "macvtap_mode": macvtap_mode, "address": address}
+    more = {"network": network, "parent": macvtap or sriov, "macvtap_mode": macvtap_mode, "vlan": vlan}
+    more["address"] = address
     card |= {key: value for key, value in more.items() if value}
     if nic == "none" and forwards:
         raise InvalidInput("ports cannot be published without a network card's cable", hint="drop `nic=none`")

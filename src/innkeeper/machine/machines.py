@@ -18,7 +18,7 @@ from innkeeper.machine.machine import Machine, clean
 from innkeeper.machine.reaction import NO_SPACE
 from innkeeper.machine.serial_log import bound
 from innkeeper.machine.states import LIVE
-from innkeeper.network import macvtap
+from innkeeper.network import macvtap, sriov
 from innkeeper.plan.options import Plan
 from innkeeper.qemu import cgroup
 from innkeeper.qemu.process import LOG, Pid, Process, find, last_words, spawn
@@ -149,8 +149,9 @@ class Machines:
                 await cgroup.remove(self._home, vm_id)
         try:
             await macvtap.sweep(self._live, self._home.networks)
+            await sriov.sweep(self._live, self._home.networks)
         except NetworkFailed as error:
-            log.error("macvtaps that nobody uses cannot be removed", error=str(error))
+            log.error("what cards were on that nobody uses cannot be put back", error=str(error))
 
     async def _adopt_one(self, vm: Value, pid: Pid) -> None:
         try:

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import asyncio
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
 
-from innkeeper.network import macvtap
+from innkeeper.base.errors import ActionRefused
+from innkeeper.network import macvtap, sriov
+from innkeeper.operations.world import World
+from innkeeper.plan.identity import Identity
+from innkeeper.plan.sriov import Wanted
 from innkeeper.spec.nic import NicSpec
+from innkeeper.spec.vm import VMSpec
+from innkeeper.store.contract import Value
 
 
 async def check(nics: Iterable[NicSpec]) -> None:
@@ -13,6 +21,37 @@ async def check(nics: Iterable[NicSpec]) -> None:
     for nic in nics:
         if nic.mode == "macvtap":
             await macvtap.check_parent(str(nic.parent))
+        if nic.mode == "sriov":
+            sriov.check_parent(str(nic.parent))
+
+
+def check_saved(spec: VMSpec | Value, name: str, what: str) -> None:
+    """Raises `ActionRefused` where a card has state that only the hardware has."""
+    nics = VMSpec.model_validate(spec).nics if isinstance(spec, dict) else spec.nics
+    if parent := next((nic.parent for nic in nics if nic.mode == "sriov"), None):
+        raise ActionRefused(
+            f"{name} has a virtual function of {parent}, whose state cannot be read, so {what}",
+            hint=f"inn nic rm {name} CARD takes it away; a VM with a card of another kind can be saved",
+        )
+
+
+def wanted(index: int, nic: NicSpec, identity: Identity) -> Wanted:
+    """The function that a card gets."""
+    return Wanted(identity.id, index, str(nic.parent), identity.macs[index], nic.vlan, identity.uid)
+
+
+@asynccontextmanager
+async def functions(world: World, vm: Value) -> AsyncIterator[dict[int, str]]:
+    """PCI addresses of the functions of a VM that is about to start, by card."""
+    spec, identity = VMSpec.model_validate(vm["spec"]), Identity.model_validate(vm["identity"])
+    records = world.home.networks
+    cards = [wanted(index, nic, identity) for index, nic in enumerate(spec.nics) if nic.mode == "sriov"]
+    try:
+        yield {card.index: await sriov.take(card, records) for card in cards}
+    except BaseException:
+        if cards:
+            await asyncio.shield(sriov.leave_only(vm["id"], (), records))
+        raise
 
 
 async def remarks(nics: Iterable[NicSpec]) -> list[str]:
@@ -26,4 +65,7 @@ async def remarks(nics: Iterable[NicSpec]) -> list[str]:
                 f"{unless}; in a bridged network they do: inn network create NAME --mode bridged --parent {nic.parent}"
             )
             said.append(await macvtap.check_parent(str(nic.parent)))
+        if nic.mode == "sriov":
+            kept = "its MAC address and VLAN" if nic.vlan else "its MAC address"
+            said.append(f"{nic.parent} itself keeps the guest to {kept}; no firewall of this host sees what it sends")
     return [*dict.fromkeys(filter(None, said))]

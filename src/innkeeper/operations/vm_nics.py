@@ -15,16 +15,17 @@ from pydantic import TypeAdapter
 from innkeeper.base.errors import ActionRefused, QemuGone, UnplugRefused
 from innkeeper.machine.machine import Machine
 from innkeeper.machine.states import LIVE
-from innkeeper.network import macvtap
+from innkeeper.network import macvtap, sriov
 from innkeeper.operations import host_cards
 from innkeeper.operations.engine import Context, Step, Verb
 from innkeeper.operations.networks import follow, open_taps
 from innkeeper.operations.vm_update import rewrite, unwrite
 from innkeeper.operations.world import World
-from innkeeper.plan.devices import card, taps, user_forwards, user_netdev
+from innkeeper.plan.devices import card, lockable, taps, user_forwards, user_netdev
 from innkeeper.plan.identity import Identity
 from innkeeper.plan.wiring import changed
 from innkeeper.qemu import cards
+from innkeeper.qemu.process import let_lock
 from innkeeper.spec.vm import VMSpec
 from innkeeper.spec.wiring import AddNic, Change, RemoveNic
 from innkeeper.store.contract import Value, update
@@ -83,6 +84,7 @@ async def _bring(world: World, vm_id: str, seconds: float) -> None:
         await cards.unplug(machine.monitor, index, seconds)
     kept = [tap.name for tap in taps(spec, identity) if tap.index in there]
     await macvtap.leave_only(vm_id, kept, world.home.networks)
+    await sriov.leave_only(vm_id, there & wanted, world.home.networks)
     await follow(world, vm_id)  # its rules are in force before its first packet
     for index in sorted(wanted - there):
         await _plug(world, machine, spec, identity, index)
@@ -93,6 +95,11 @@ async def _bring(world: World, vm_id: str, seconds: float) -> None:
 
 async def _plug(world: World, machine: Machine, spec: VMSpec, identity: Identity, index: int) -> None:
     nic = spec.nics[index]
+    if nic.mode == "sriov":
+        let_lock(machine.process.pid.number, lockable(spec))
+        function = await sriov.take(host_cards.wanted(index, nic, identity), world.home.networks)
+        await cards.plug(machine.monitor, card(index, nic, identity, function), None)
+        return
     device, netdev = card(index, nic, identity), None
     if nic.mode == "user":
         netdev = user_netdev(index, nic, identity)

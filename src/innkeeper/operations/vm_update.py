@@ -14,7 +14,7 @@ from innkeeper.spec.vm import VMSpec
 from innkeeper.store.contract import Value
 
 CLAIMS = ("port/", "address/")
-PARENT = ("parent", "macvtap_mode")
+PARENT = ("parent", "macvtap_mode", "vlan")
 """Fields of a card on an interface of the host."""
 
 

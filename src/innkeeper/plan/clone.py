@@ -33,7 +33,7 @@ def plugged_into(nics: Sequence[Mapping[str, Any]], network: str | None) -> list
     if network and not cards:
         raise InvalidInput("there was no network card when it was captured", hint="drop --network", field="network")
     if network:
-        cards[0] |= {"mode": "network", "network": network, "parent": None, "macvtap_mode": None}
+        cards[0] |= {"mode": "network", "network": network, "parent": None, "macvtap_mode": None, "vlan": None}
     return cards
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
+from innkeeper.base.units import GIB
 from innkeeper.plan import pci
 from innkeeper.plan.chain import Chain, Layer
 from innkeeper.plan.identity import Identity
@@ -148,9 +149,11 @@ def iso(path: str) -> list[Option]:
     ]
 
 
-def nics(spec: VMSpec, identity: Identity, nat: Sequence[int] = ()) -> list[Option]:
-    """Network cards, each behind its own root port. `nat`: cards of which saved state has QEMU's own NAT; where it is
-    theirs no more, something has to take that state."""
+def nics(
+    spec: VMSpec, identity: Identity, nat: Sequence[int] = (), functions: Mapping[int, str] | None = None
+) -> list[Option]:
+    """Network cards, each behind its own root port. `functions`: PCI addresses of those that are the host's. `nat`:
+    cards of which saved state has QEMU's own NAT; where it is theirs no more, something has to take that state."""
     options: list[Option] = []
     for index, nic in enumerate(spec.nics):
         if identity.cards is None or index < identity.cards:
@@ -160,12 +163,17 @@ def nics(spec: VMSpec, identity: Identity, nat: Sequence[int] = ()) -> list[Opti
         elif index in nat:
             options.append(Option("-netdev", {"type": "user", "id": f"{UNPLUGGED}{index}", "restrict": True}))
         if nic.mode != "absent":
-            options.append(Option("-device", card(index, nic, identity)))
+            function = functions and functions.get(index)
+            options.append(Option("-device", card(index, nic, identity, function or "")))
     return options
 
 
-def card(index: int, nic: NicSpec, identity: Identity) -> dict[str, object]:
-    """The device of a NIC, for `-device` and `device_add`."""
+def card(index: int, nic: NicSpec, identity: Identity, function: str = "") -> dict[str, object]:
+    """The device of a NIC, for `-device` and `device_add`. `function`: PCI address of what the host gives to it."""
+    if nic.mode == "sriov":
+        assert function
+        bus = pci.nic_bus(index, identity.cards)
+        return {"driver": "vfio-pci", "id": f"nic{index}", "bus": bus, "host": function}
     device: dict[str, object] = {
         "driver": "virtio-net-pci" if nic.model == "virtio" else "e1000e",
         "id": f"nic{index}",
@@ -197,6 +205,12 @@ def _tap(index: int, nic: NicSpec, identity: Identity) -> Tap | None:
         name, mode = macvtap_name(identity.id, index), nic.macvtap_mode or "bridge"
         return Macvtap(index, name, str(nic.parent), mode, identity.macs[index])
     return None
+
+
+def lockable(spec: VMSpec) -> int:
+    """Bytes that QEMU has to lock: all of the guest's memory where a PCI device of the host's reaches it, and room for
+    what of its registers is mapped (as much as libvirt gives: docs/formatdomain, memtune hard_limit)."""
+    return spec.memory + GIB if any(nic.mode == "sriov" for nic in spec.nics) else 0
 
 
 def user_netdev(index: int, nic: NicSpec, identity: Identity) -> Json:

@@ -106,6 +106,8 @@ class Plan:
     """The guest's memory when it goes on from a captured one; the option for it is made when QEMU is spawned."""
     taps: tuple[Tap, ...] = ()
     """NICs in networks and on interfaces of the host; the options for them are made when QEMU is spawned."""
+    locked: int = 0
+    """Bytes of its memory that QEMU has to be able to lock: a PCI device of the host's reaches all of the guest's."""
     uid: int | None = None
     groups: tuple[int, ...] = ()
 

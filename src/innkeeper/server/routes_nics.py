@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastapi import APIRouter, Response
 from fastapi.responses import JSONResponse
 
-from innkeeper.network import macvtap
+from innkeeper.network import macvtap, sriov
 from innkeeper.operations import host_cards, vm_nics
 from innkeeper.operations.networks import nics
 from innkeeper.operations.world import World
@@ -25,6 +25,7 @@ async def list_nics(ctx: Ctx, vm: VMName) -> Response:
     plugged = {nic.index: nic for nic in await nics(ctx.world, found)}
     dropped = await ctx.world.fabric.dropped() if plugged else {}
     dropped |= await macvtap.dropped(found["id"], ctx.world.home.networks)
+    functions = sriov.functions_of(found["id"], ctx.world.home.networks)
     views = []
     for index, (nic, mac) in enumerate(zip(found["spec"]["nics"], found["identity"]["macs"], strict=True)):
         if nic["mode"] != "absent":
@@ -33,6 +34,7 @@ async def list_nics(ctx: Ctx, vm: VMName) -> Response:
             view |= {key: getattr(at, key, None) for key in ("address", "address6", "tap")}
             if nic["mode"] == "macvtap":
                 view["tap"] = macvtap_name(found["id"], index)
+            view |= {"vlan": nic.get("vlan"), "function": functions.get(index)}
             view["address"] = view["address"] or ctx.world.outer_addresses.get((found["id"], index))
             views.append(view | {"dropped": dropped.get(view["tap"])})
     return JSONResponse(views)

@@ -31,7 +31,7 @@ class PortForward(Model):
 
 Interface = Annotated[str, Field(pattern=r"^[^\s/:]{1,15}$")]
 """A network device of the host, as `ip link` names it."""
-ON_PARENT = ("macvtap",)
+ON_PARENT = ("macvtap", "sriov")
 """Modes of cards that are on an interface of the host."""
 _MAC = re.compile(r"[0-9a-f]{2}(:[0-9a-f]{2}){5}")
 
@@ -39,18 +39,21 @@ _MAC = re.compile(r"[0-9a-f]{2}(:[0-9a-f]{2}){5}")
 class NicSpec(Model):
     """One network card."""
 
-    mode: Literal["user", "network", "macvtap", "none", "absent"] = Field(
+    mode: Literal["user", "network", "macvtap", "sriov", "none", "absent"] = Field(
         default="user",
         description="user: QEMU's own NAT, needs no privilege; network: the one that `network` names; macvtap: the "
-        "network that `parent` is in, past the host itself; none: cable not plugged in; absent: an empty place, so "
-        "that the cards behind it keep their numbers",
+        "network that `parent` is in, past the host itself; sriov: a virtual function of `parent`, past QEMU; "
+        "none: cable not plugged in; absent: an empty place, so that the cards behind it keep their numbers",
     )
     network: Name | None = Field(default=None, description="The network that it is plugged into")
-    parent: Interface | None = Field(default=None, description="macvtap: the host's interface, like eth0")
+    parent: Interface | None = Field(default=None, description="macvtap, sriov: the host's interface, like eth0")
     macvtap_mode: Literal["bridge", "vepa", "private"] | None = Field(
         default=None,
         description="To other guests on the same parent: bridge, the default: directly; vepa: by the switch outside, "
         "which has to send frames back where they came from; private: not at all",
+    )
+    vlan: int | None = Field(
+        default=None, ge=1, le=4094, description="sriov: the VLAN outside; the guest sees no tag, and gets in no other"
     )
     model: Literal["virtio", "e1000e"] = "virtio"
     mac: str | None = Field(default=None, description="Made from the VM's id when absent")
@@ -66,9 +69,13 @@ class NicSpec(Model):
                 f"mode {self.mode!r} and network {self.network!r} do not fit: mode network names its network"
             )
         if (self.mode in ON_PARENT) != (self.parent is not None):
-            raise ValueError(f"mode {self.mode!r} and parent {self.parent!r} do not fit: mode macvtap names its parent")
+            raise ValueError(f"mode {self.mode!r} and parent {self.parent!r} do not fit: macvtap and sriov name theirs")
         if self.macvtap_mode and self.mode != "macvtap":
             raise ValueError(f"a card of mode {self.mode!r} has no macvtap_mode")
+        if self.vlan and self.mode != "sriov":
+            raise ValueError(f"a card of mode {self.mode!r} has no vlan: that is of sriov")
+        if self.mode == "sriov" and self.model != "virtio":
+            raise ValueError("a virtual function is what it is: leave the model out")
         if self.address and self.mode != "network":
             by = "the network outside" if self.parent else "Innkeeper's networks only"
             raise ValueError(f"a card of mode {self.mode!r} cannot be given an address: {by} gives them")
