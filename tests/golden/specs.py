@@ -16,7 +16,7 @@ from innkeeper.host.facts import Cgroup, Cpu, Firmware, HostFacts, Kernel, Memor
 from innkeeper.plan.chain import Chain, Layer
 from innkeeper.plan.command import Files, command
 from innkeeper.plan.identity import Identity, assign
-from innkeeper.plan.options import Constants, Macvtap, Plan, Tap
+from innkeeper.plan.options import Constants, Macvtap, Passt, Plan, Tap
 from innkeeper.spec.image import Image
 from innkeeper.spec.vm import VMSpec
 
@@ -232,6 +232,15 @@ ON_HOST = (
         },
     ),
     Case(
+        "nic-passt",
+        {
+            "nics": [
+                {"backend": "passt", "publish": [{"host": 8080, "guest": 80}]},
+                {"backend": "passt", "publish": [{"host": 53, "guest": 53, "protocol": "udp", "address": "0.0.0.0"}]},
+            ]
+        },
+    ),
+    Case(
         "nic-sriov",
         {"nics": [{"mode": "sriov", "parent": "ens1f0", "vlan": 100}, {}, {"mode": "sriov", "parent": "ens1f1"}]},
         functions={0: "0000:3b:02.0", 2: "0000:3b:0a.3"},
@@ -241,6 +250,8 @@ ON_HOST = (
 
 
 def _on(tap: Tap) -> str:
+    if isinstance(tap, Passt):
+        return f", passt as user {tap.uid}: {' '.join(tap.words())}"
     return f", macvtap on {tap.parent}, {tap.mode}, {tap.mac}" if isinstance(tap, Macvtap) else ""
 
 

@@ -70,7 +70,11 @@ COMMANDS: tuple[C, ...] = (
             MACVTAP_MODE,
             SRIOV,
             VLAN,
-            A(("--nic",), "user: NAT (default); none: cable not plugged in", {"choices": ("user", "none")}),
+            A(
+                ("--nic",),
+                "user: QEMU's NAT (default); passt: that of passt, with IPv6 and faster; none: cable not plugged in",
+                {"choices": ("user", "passt", "none")},
+            ),
             A(
                 ("--env", "-e"),
                 "environment variable in the guest, K=V, or K with its value here; may be repeated",

@@ -136,7 +136,11 @@ NETWORKS: tuple[C, ...] = (
             MACVTAP_MODE,
             SRIOV,
             VLAN,
-            A(("--mode",), "without --network: user (default), or none for no cable", {"choices": ("user", "none")}),
+            A(
+                ("--mode",),
+                "without --network: user (default), QEMU's NAT; passt; or none for no cable",
+                {"choices": ("user", "passt", "none")},
+            ),
             A(("--model",), "virtio (default) or e1000e", {"choices": ("virtio", "e1000e"), "default": "virtio"}),
             A(("--mac",), "its MAC address; by default made from the VM's id", {"metavar": "MAC"}),
             ADDRESS,

@@ -64,6 +64,8 @@ def one_way(args: Namespace, *options: str) -> None:
 def where(card: dict[str, Any]) -> str:
     """What a card is plugged into, in words."""
     words = {"user": "user-mode NAT", "none": "cable not plugged in"}
+    if card["mode"] == "user" and card.get("backend") == "passt":
+        return "user-mode NAT by passt"
     vlan = f", VLAN {card['vlan']}" if card.get("vlan") else ""
     return card.get("network") or words.get(card["mode"]) or f"{card['mode']} on {card.get('parent')}{vlan}"
 

@@ -149,10 +149,13 @@ class VM:
         vlan: int | None = None,
     ) -> Operation:
         """Plug in one more card, at once if it runs: into a network, onto an interface of the host (`macvtap`), as a
-        virtual function of one (`sriov`), or with QEMU's own NAT. `address`: in the network, IPv4."""
+        virtual function of one (`sriov`), or with a NAT of its own: QEMU's (`mode` user) or that of passt. `address`:
+        in the network, IPv4."""
+        backend = "passt" if mode == "passt" else "qemu"
+        mode = "user" if mode == "passt" else mode
         mode = "network" if network else "macvtap" if macvtap else "sriov" if sriov else mode
         nic: dict[str, Any] = {"mode": mode, "network": network, "model": model, "mac": mac, "address": address}
-        nic |= {"parent": macvtap or sriov, "macvtap_mode": macvtap_mode, "vlan": vlan}
+        nic |= {"parent": macvtap or sriov, "macvtap_mode": macvtap_mode, "vlan": vlan, "backend": backend}
         return self._rewire({"do": "add", "nic": nic})
 
     def nic_remove(self, index: int) -> Operation:

@@ -76,6 +76,8 @@ def vm_spec(
     card: dict[str, Any] = {"mode": mode, "publish": forwards}
     more = {"network": network, "parent": macvtap or sriov, "macvtap_mode": macvtap_mode, "vlan": vlan}
     more["address"] = address
+    if nic == "passt":
+        more |= {"mode": "user", "backend": "passt"}
     card |= {key: value for key, value in more.items() if value}
     if nic == "none" and forwards:
         raise InvalidInput("ports cannot be published without a network card's cable", hint="drop `nic=none`")

@@ -6,8 +6,8 @@ import asyncio
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 
-from innkeeper.base.errors import ActionRefused
-from innkeeper.network import macvtap, sriov
+from innkeeper.base.errors import ActionRefused, Unsupported
+from innkeeper.network import macvtap, passt, sriov
 from innkeeper.operations.world import World
 from innkeeper.plan.identity import Identity
 from innkeeper.plan.sriov import Wanted
@@ -16,13 +16,17 @@ from innkeeper.spec.vm import VMSpec
 from innkeeper.store.contract import Value
 
 
-async def check(nics: Iterable[NicSpec]) -> None:
+async def check(world: World, nics: Iterable[NicSpec]) -> None:
     """Raises `InvalidInput`, `Unsupported`, `ToolMissing` where a card cannot be what it is asked to be."""
     for nic in nics:
         if nic.mode == "macvtap":
             await macvtap.check_parent(str(nic.parent))
         if nic.mode == "sriov":
             sriov.check_parent(str(nic.parent))
+        if nic.backend == "passt":
+            passt.need_passt()
+            if "netdev-stream" not in (await world.host_with_qemu()).qemu.features:  # type: ignore[union-attr]
+                raise Unsupported("this QEMU cannot be connected to passt", hint="QEMU 7.2 or later can")
 
 
 def check_saved(spec: VMSpec | Value, name: str, what: str) -> None:

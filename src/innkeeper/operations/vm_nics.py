@@ -18,10 +18,10 @@ from innkeeper.machine.states import LIVE
 from innkeeper.network import macvtap, sriov
 from innkeeper.operations import host_cards
 from innkeeper.operations.engine import Context, Step, Verb
-from innkeeper.operations.networks import follow, open_taps
+from innkeeper.operations.networks import confine, follow, open_taps
 from innkeeper.operations.vm_update import rewrite, unwrite
 from innkeeper.operations.world import World
-from innkeeper.plan.devices import card, lockable, taps, user_forwards, user_netdev
+from innkeeper.plan.devices import card, lockable, of_qemu, taps, user_forwards, user_netdev
 from innkeeper.plan.identity import Identity
 from innkeeper.plan.wiring import changed
 from innkeeper.qemu import cards
@@ -35,6 +35,17 @@ LET_GO, LET_GO_AGAIN = 30.0, 2.0
 """Seconds that the guest has to let go of a card; where adding it is undone."""
 
 
+def _check_passt(vm: Value, spec: VMSpec) -> None:
+    """passt takes its ports when it starts. Raises `ActionRefused`."""
+    before = VMSpec.model_validate(vm["spec"]).nics
+    for old, new in zip(before, spec.nics, strict=False):
+        if vm["state"] in LIVE and new.backend == old.backend == "passt" and old.publish != new.publish:
+            raise ActionRefused(
+                f"the card of {vm['name']} has passt, which takes its ports when the VM starts",
+                hint=f"inn stop {vm['name']}, then try again; QEMU's own NAT (--nic user) changes them at any time",
+            )
+
+
 def check(vm: Value, change: Change) -> None:
     """What can be known to be wrong. Raises what `plan.wiring.changed` does, and `ActionRefused`."""
     if vm["state"] in LIVE and vm["pending"]:
@@ -43,7 +54,8 @@ def check(vm: Value, change: Change) -> None:
         )
     if vm["state"] == "paused" and isinstance(change, RemoveNic):
         raise ActionRefused(f"{vm['name']} is paused, so its guest lets go of nothing", hint=f"inn resume {vm['name']}")
-    changed(VMSpec.model_validate(vm["spec"]), Identity.model_validate(vm["identity"]), change)
+    spec, _ = changed(VMSpec.model_validate(vm["spec"]), Identity.model_validate(vm["identity"]), change)
+    _check_passt(vm, spec)
 
 
 async def write(ctx: Context) -> None:
@@ -89,7 +101,7 @@ async def _bring(world: World, vm_id: str, seconds: float) -> None:
     for index in sorted(wanted - there):
         await _plug(world, machine, spec, identity, index)
     for index, nic in enumerate(spec.nics):
-        if nic.mode == "user":
+        if of_qemu(nic):
             await cards.forward(machine.monitor, f"net{index}", user_forwards(index, nic, identity))
 
 
@@ -101,7 +113,7 @@ async def _plug(world: World, machine: Machine, spec: VMSpec, identity: Identity
         await cards.plug(machine.monitor, card(index, nic, identity, function), None)
         return
     device, netdev = card(index, nic, identity), None
-    if nic.mode == "user":
+    if of_qemu(nic):
         netdev = user_netdev(index, nic, identity)
     tap = next((tap for tap in taps(spec, identity) if tap.index == index), None)
     if tap is None:
@@ -112,7 +124,8 @@ async def _plug(world: World, machine: Machine, spec: VMSpec, identity: Identity
         await machine.monitor.give(tap.name, fd)
     finally:
         os.close(fd)
-    await cards.plug(machine.monitor, device, {"type": "tap", "id": tap.netdev, "fd": tap.name})
+    await cards.plug(machine.monitor, device, tap.given(tap.name))
+    await confine(world, identity.id, [tap])
 
 
 STEPS = (Step("write", write, take_back), Step("bring", bring))

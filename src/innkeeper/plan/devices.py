@@ -11,7 +11,7 @@ from innkeeper.plan import pci
 from innkeeper.plan.chain import Chain, Layer
 from innkeeper.plan.identity import Identity
 from innkeeper.plan.network import macvtap_name, tap_name
-from innkeeper.plan.options import Constants, Json, Macvtap, Option, Tap
+from innkeeper.plan.options import Constants, Json, Macvtap, Option, Passt, Tap
 from innkeeper.plan.rebirth import PORT as REBIRTH_PORT
 from innkeeper.spec.disk import DiskSpec
 from innkeeper.spec.nic import NicSpec
@@ -158,7 +158,7 @@ def nics(
     for index, nic in enumerate(spec.nics):
         if identity.cards is None or index < identity.cards:
             options.append(pci.nic_port(index))
-        if nic.mode == "user":
+        if of_qemu(nic):
             options.append(Option("-netdev", user_netdev(index, nic, identity)))
         elif index in nat:
             options.append(Option("-netdev", {"type": "user", "id": f"{UNPLUGGED}{index}", "restrict": True}))
@@ -201,6 +201,8 @@ def taps(spec: VMSpec, identity: Identity) -> tuple[Tap, ...]:
 def _tap(index: int, nic: NicSpec, identity: Identity) -> Tap | None:
     if nic.mode == "network":
         return Tap(index, tap_name(identity.id, index))
+    if nic.mode == "user" and nic.backend == "passt":
+        return Passt(index, f"passt{index}", _forwards(index, nic, identity), identity.uid)
     if nic.mode == "macvtap":
         name, mode = macvtap_name(identity.id, index), nic.macvtap_mode or "bridge"
         return Macvtap(index, name, str(nic.parent), mode, identity.macs[index])
@@ -213,6 +215,11 @@ def lockable(spec: VMSpec) -> int:
     return spec.memory + GIB if any(nic.mode == "sriov" for nic in spec.nics) else 0
 
 
+def of_qemu(nic: NicSpec) -> bool:
+    """Whether QEMU's own NAT is behind it."""
+    return nic.mode == "user" and nic.backend == "qemu"
+
+
 def user_netdev(index: int, nic: NicSpec, identity: Identity) -> Json:
     """QEMU's own NAT for a card, for `-netdev` and `netdev_add`."""
     forwards = user_forwards(index, nic, identity)
@@ -221,10 +228,15 @@ def user_netdev(index: int, nic: NicSpec, identity: Identity) -> Json:
 
 def user_forwards(index: int, nic: NicSpec, identity: Identity) -> list[str]:
     """Its ports as QEMU writes them, the one for SSH first. Numbers and checked addresses only."""
-    forwards = [f"{f.protocol}:{f.address}:{f.host}-:{f.guest}" for f in nic.publish]
+    forwards = _forwards(index, nic, identity)
+    return [f"{protocol}:{address}:{host}-:{guest}" for protocol, address, host, guest in forwards]
+
+
+def _forwards(index: int, nic: NicSpec, identity: Identity) -> tuple[tuple[str, str, int, int], ...]:
+    forwards = [(f.protocol, f.address, f.host, f.guest) for f in nic.publish]
     if index == 0 and identity.ssh_port is not None:
-        forwards.insert(0, f"tcp:127.0.0.1:{identity.ssh_port}-:{SSH}")
-    return forwards
+        forwards.insert(0, ("tcp", "127.0.0.1", identity.ssh_port, SSH))
+    return tuple(forwards)
 
 
 def _fixed(driver: str, name: str, role: str) -> dict[str, object]:

@@ -181,6 +181,7 @@ class NicView(Open):
     index: int
     mode: Literal["user", "network", "macvtap", "sriov", "none"]
     network: str | None
+    backend: Literal["qemu", "passt"] | None
     parent: str | None
     vlan: int | None
     function: str | None

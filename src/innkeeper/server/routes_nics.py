@@ -34,6 +34,7 @@ async def list_nics(ctx: Ctx, vm: VMName) -> Response:
             view |= {key: getattr(at, key, None) for key in ("address", "address6", "tap")}
             if nic["mode"] == "macvtap":
                 view["tap"] = macvtap_name(found["id"], index)
+            view |= {"backend": nic.get("backend", "qemu") if nic["mode"] == "user" else None}
             view |= {"vlan": nic.get("vlan"), "function": functions.get(index)}
             view["address"] = view["address"] or ctx.world.outer_addresses.get((found["id"], index))
             views.append(view | {"dropped": dropped.get(view["tap"])})
@@ -47,7 +48,7 @@ async def change_nics(ctx: Ctx, vm: VMName, body: NicsRequest) -> Response:
     found = await ctx.admitted(vm, "nics")
     vm_nics.check(found, body.change)
     if isinstance(body.change, AddNic):
-        await host_cards.check([body.change.nic])
+        await host_cards.check(ctx.world, [body.change.nic])
         await ctx.have_default([body.change.nic])
     target = {"kind": "vm", "id": found["id"], "name": found["name"]}
     args = vm_nics.arguments(body.change, body.by)

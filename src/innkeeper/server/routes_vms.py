@@ -68,7 +68,7 @@ async def check(world: World, spec: VMSpec) -> None:
     """What can be known to be wrong before anything is made: better an answer now than a failed operation."""
     if await world.store.get(f"name/vm/{spec.name}"):
         raise NameTaken(f"there is a VM named {spec.name!r} already", hint="choose another --name", name=spec.name)
-    await host_cards.check(spec.nics)
+    await host_cards.check(world, spec.nics)
     image = await world.find("image", spec.image) if spec.image else None
     if image and image["kind"] == "warm":
         raise InvalidInput(

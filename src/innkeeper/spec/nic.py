@@ -46,6 +46,9 @@ class NicSpec(Model):
         "none: cable not plugged in; absent: an empty place, so that the cards behind it keep their numbers",
     )
     network: Name | None = Field(default=None, description="The network that it is plugged into")
+    backend: Literal["qemu", "passt"] = Field(
+        default="qemu", description="user: QEMU's own NAT, or that of passt, which has IPv6 and is faster"
+    )
     parent: Interface | None = Field(default=None, description="macvtap, sriov: the host's interface, like eth0")
     macvtap_mode: Literal["bridge", "vepa", "private"] | None = Field(
         default=None,
@@ -72,6 +75,8 @@ class NicSpec(Model):
             raise ValueError(f"mode {self.mode!r} and parent {self.parent!r} do not fit: macvtap and sriov name theirs")
         if self.macvtap_mode and self.mode != "macvtap":
             raise ValueError(f"a card of mode {self.mode!r} has no macvtap_mode")
+        if self.backend != "qemu" and self.mode != "user":
+            raise ValueError(f"a card of mode {self.mode!r} has no backend: that is of user")
         if self.vlan and self.mode != "sriov":
             raise ValueError(f"a card of mode {self.mode!r} has no vlan: that is of sriov")
         if self.mode == "sriov" and self.model != "virtio":
