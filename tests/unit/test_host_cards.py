@@ -24,6 +24,7 @@ from innkeeper.spec.nic import NicSpec
         ({"mode": "macvtap", "parent": "eth0", "publish": [{"host": 1, "guest": 1}]}, "the guest's own address"),
         ({"mode": "network", "network": "lab", "macvtap_mode": "vepa"}, "has no macvtap_mode"),
         ({"mode": "macvtap", "parent": "eth0", "vlan": 5}, "that is of sriov"),
+        ({"mode": "network", "network": "lab", "backend": "passt"}, "that is of user"),
         ({"mode": "sriov", "parent": "eth0", "vlan": 4095}, "4094"),
         ({"mode": "sriov", "parent": "eth0", "model": "e1000e"}, "leave the model out"),
         ({"mode": "macvtap", "parent": "eth0", "macvtap_mode": "passthru"}, "'bridge', 'vepa' or 'private'"),
@@ -40,6 +41,8 @@ def test_a_wish_has_one_way_of_being_plugged_in():
     assert card["mode"] == "macvtap" and card["macvtap_mode"] == "vepa"
     (card,) = vm_spec("a", sriov="eth0", vlan=7)["nics"]
     assert NicSpec.model_validate(card) == NicSpec(mode="sriov", parent="eth0", vlan=7)
+    (card,) = vm_spec("a", nic="passt", publish=["8080:80"])["nics"]
+    assert NicSpec.model_validate(card).backend == "passt" and card["mode"] == "user"
     assert "nics" not in vm_spec("a")
     for more in ({"network": "lab"}, {"nic": "none"}, {"nic": "user"}):
         with pytest.raises(InvalidInput, match="plugged in twice"):

@@ -72,7 +72,7 @@ COMMANDS: tuple[C, ...] = (
             VLAN,
             A(
                 ("--nic",),
-                "user: QEMU's NAT (default); passt: that of passt, with IPv6 and faster; none: cable not plugged in",
+                "user: QEMU's NAT (default); passt: that of passt, with IPv6; none: cable not plugged in",
                 {"choices": ("user", "passt", "none")},
             ),
             A(

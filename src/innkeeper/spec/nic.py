@@ -47,7 +47,7 @@ class NicSpec(Model):
     )
     network: Name | None = Field(default=None, description="The network that it is plugged into")
     backend: Literal["qemu", "passt"] = Field(
-        default="qemu", description="user: QEMU's own NAT, or that of passt, which has IPv6 and is faster"
+        default="qemu", description="user: QEMU's own NAT, or that of passt, which has IPv6"
     )
     parent: Interface | None = Field(default=None, description="macvtap, sriov: the host's interface, like eth0")
     macvtap_mode: Literal["bridge", "vepa", "private"] | None = Field(
