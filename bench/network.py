@@ -3,7 +3,8 @@
     .venv/bin/python bench/network.py [ROUNDS]
 
 TCP throughput host ↔ guest and guest ↔ guest, and round trips, in turn for ours and for the bare one; then the
-creation of a network. Each has a network namespace and two guests, which run a small Perl server. Needs root.
+creation of a network, and a card that is added to a running guest. Each has a network namespace and two guests, which
+run a small Perl server: iperf3 would have to be on the host, too, and tells no round trips. Needs root.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ from common import Daemon, median, running_daemon, say, timed
 from namespaces import namespace, run
 
 from innkeeper.client.wishes import vm_spec
+from innkeeper.qemu import cards
 from innkeeper.qemu.cgroup import place
+from innkeeper.qemu.monitor import Monitor
 
 ROUNDS = int(sys.argv[1]) if len(sys.argv) > 1 else 12
 SIZE, TRIPS, PORT = 32 << 20, 200, 5000
@@ -180,6 +183,39 @@ def bare(daemon: Daemon, host: str, stack: ExitStack) -> Side:
     return Side(host, addresses)
 
 
+def add_card(daemon: Daemon) -> float:
+    """Seconds that a card takes to be in a guest of ours; it is away again afterwards."""
+    vm = daemon.inn.vm("a")
+    seconds = timed(lambda: vm.nic_add(network="lab").wait())
+    vm.nic_remove(1).wait()
+    return seconds
+
+
+def add_card_by_hand(folder: Path, host: str) -> float:
+    """The same with a tap that is there, on a bridge, by QEMU alone."""
+    run(host, "ip", "tuntap", "add", "more", "mode", "tap", "vnet_hdr")
+    run(host, "ip", "link", "set", "more", "master", "br0", "up")
+    netdev = {"type": "tap", "id": "net1", "ifname": "more", "script": "no", "downscript": "no"}
+    device = {"driver": "virtio-net-pci", "id": "nic1", "bus": "spare0", "netdev": "net1", "romfile": ""}
+
+    async def add() -> float:
+        monitor = await Monitor.connect(folder)
+        try:
+            begun = time.perf_counter()
+            await monitor.execute("netdev_add", netdev)
+            await monitor.execute("device_add", device)
+            seconds = time.perf_counter() - begun
+            await cards.unplug(monitor, 1, 60)
+        finally:
+            await monitor.close()
+        return seconds
+
+    try:
+        return asyncio.run(add())
+    finally:
+        run(host, "ip", "link", "del", "more")
+
+
 def main() -> None:
     with namespace("ours") as host, namespace("bare") as other, ExitStack() as stack:
         daemon = stack.enter_context(running_daemon("tiny", namespace=host))
@@ -205,6 +241,13 @@ def main() -> None:
             times.append(timed(lambda: daemon.inn.network_create("more").wait()))
             daemon.inn.network_delete("more").wait()
         print(f"creating a network: {median(times) * 1000:.0f} ms (wanted: at most 300)")
+        folder = daemon.home.vm(daemon.inn.vm("bare-0").info["id"])
+        mine, peer = (
+            median([take() for _ in range(ROUNDS)])
+            for take in (lambda: add_card(daemon), lambda: add_card_by_hand(folder, other))
+        )
+        words = f"ours {mine * 1000:.0f} ms, QEMU alone {peer * 1000:.0f} ms"
+        print(f"adding a card to a running guest: {words}, {(mine - peer) * 1000:.0f} ms more (wanted: at most 200)")
 
 
 if __name__ == "__main__":

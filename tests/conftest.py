@@ -27,16 +27,31 @@ from innkeeper.operations.image_make import _fields
 from innkeeper.operations.image_verify import digest as _digest
 from innkeeper.qemu.process import Pid, find
 from innkeeper.spec.image import Image
-from innkeeper.spec.recipe import load_recipe
+from innkeeper.spec.recipe import Recipe, load_recipe
 from innkeeper.storage.build import build, recipe_digest
 from innkeeper.store.sqlite import SQLiteStore
 
 CACHE = Path(tempfile.gettempdir()) / f"innkeeper-test-images-{os.geteuid()}"
 
 
+WITH_MORE = {"tiny-net": ("tiny", ["curl", "iperf3"])}
+"""Images for tests alone: (the recipe that they are of, programs that they have besides, named as their packages)."""
+
+
+def recipe_of(name: str) -> Recipe:
+    """One that comes with Innkeeper, or one of those with more in it."""
+    base, more = WITH_MORE.get(name, (name, []))
+    recipe = load_recipe(base)
+    if not more:
+        return recipe
+    assert recipe.initramfs is not None
+    initramfs = recipe.initramfs.model_copy(update={"programs": [*recipe.initramfs.programs, *more]})
+    return recipe.model_copy(update={"name": name, "packages": [*recipe.packages, *more], "initramfs": initramfs})
+
+
 def built_image(name: str) -> tuple[Path, dict]:
     """The folder and the record of an image, built at most once per recipe: by whichever worker comes first."""
-    recipe = load_recipe(name)
+    recipe = recipe_of(name)
     folder = CACHE / f"{name}-{recipe_digest(recipe)[:16]}"
     CACHE.mkdir(mode=0o711, exist_ok=True)
     with (CACHE / f"{name}.lock").open("w") as lock:

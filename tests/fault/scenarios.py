@@ -119,6 +119,17 @@ def add_card(inn: Innkeeper) -> Operation:
     return inn.vm(NAME).nic_add(mode="none", model="e1000e")
 
 
+def pull_out(inn: Innkeeper) -> Operation:
+    return inn.vm(NAME).nic_set(0, link="down")
+
+
+def link(state: str) -> Callable[[House], None]:
+    def look(house: House) -> None:
+        assert [card["link"] for card in house.inn.vm(NAME).nics] == [state]
+
+    return look
+
+
 def cards(*models: str) -> Callable[[House], None]:
     def look(house: House) -> None:
         assert [card["model"] for card in house.inn.vm(NAME).nics] == list(models)
@@ -530,6 +541,7 @@ SCENARIOS: dict[str, Scenario] = {
     "vm-update": Scenario(update, memory(48), memory(32), make),
     "vm-nics": Scenario(publish, published(port(), port(2)), published(port()), run),
     "vm-nics, of one that is stopped": Scenario(add_card, cards("virtio", "e1000e"), cards("virtio"), make),
+    "vm-nics, set": Scenario(pull_out, link("down"), link("up"), run),
     "vm-delete": Scenario(act("delete"), gone, state("stopped", "deleting"), make),
     "vm-delete, a linked clone": Scenario(
         lambda inn: inn.vm(CLONE).act("delete"), unlinked, still_linked, have_linked_clone

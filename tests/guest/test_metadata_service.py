@@ -100,6 +100,24 @@ def test_a_guest_gets_its_own_data_and_no_other(lab, host):
         assert ask(vm, "/latest/user-data", next(t for name, t in tokens.items() if name != info["name"]))[0] == 401
 
 
+def test_a_fork_where_there_is_no_way_out_finds_it_and_its_own_data(lab):
+    """One of a VM, which its agent tells, and one of a warm image, which what waits in it tells."""
+    spec = vm_spec("warming", "tiny", memory="256M", disk="8M", cpus=1, network="lab", metadata=True)
+    lab.inn.warm("tiny", spec).wait()
+    assert lab.inn.image("tiny-warm")["warm"]["waits"]
+    lab.inn.fork("db", name="db-2")
+    lab.inn.fork("tiny-warm", name="db-3", network="den")
+    try:
+        for name in ("db-2", "db-3"):
+            fork = lab.inn.vm(name)
+            assert "169.254.169.254" in sh(fork, "ip route") and "default" not in sh(fork, "ip route")
+            assert ask(fork, "/latest/meta-data/instance-id", token(fork)) == (200, f"i-{fork.info['id']}")
+    finally:
+        for name in ("db-2", "db-3"):
+            lab.inn.vm(name).delete(force=True)
+        lab.inn.image_delete("tiny-warm").wait()
+
+
 def test_nothing_is_answered_to_others(lab, host):
     web, plain = lab.inn.vm("web"), lab.inn.vm("plain")
     forwarded = "X-aws-ec2-metadata-token-ttl-seconds: 60\\r\\nX-Forwarded-For: 10.1.1.1\\r\\n"

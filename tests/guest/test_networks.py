@@ -16,13 +16,14 @@ from innkeeper.client.wishes import vm_spec
 
 pytestmark = [pytest.mark.guest, pytest.mark.skipif(os.geteuid() != 0, reason="networks are made by root")]
 SERVER = """
-import http.server
+import http.server, socket
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         self.send_response(200)
         self.end_headers()
-        self.wfile.write(self.client_address[0].encode())
-http.server.HTTPServer(("192.0.2.2", 80), Handler).serve_forever()
+        self.wfile.write(self.client_address[0].removeprefix("::ffff:").encode())
+http.server.HTTPServer.address_family = socket.AF_INET6
+http.server.HTTPServer(("::", 80), Handler).serve_forever()
 """
 
 
@@ -45,8 +46,9 @@ def host(internet):
     """The namespace of the daemon, with a way to the internet."""
     with namespace("host") as name:
         run(name, "ip", "link", "add", "wan", "type", "veth", "peer", "name", "eth0", "netns", internet)
-        for where, link, address in ((name, "wan", "192.0.2.1/24"), (internet, "eth0", "192.0.2.2/24")):
-            run(where, "ip", "addr", "add", address, "dev", link)
+        for where, link, number in ((name, "wan", 1), (internet, "eth0", 2)):
+            run(where, "ip", "addr", "add", f"192.0.2.{number}/24", "dev", link)
+            run(where, "ip", "addr", "add", f"2001:db8:2::{number}/64", "dev", link, "nodad")
             run(where, "ip", "link", "set", link, "up")
         yield name
 
@@ -55,9 +57,9 @@ def host(internet):
 def lab(host):
     """A daemon with a nat network `lab` and two guests in it, `web` and `db`; at its end the host is as before."""
     before = of_host(host)
-    with running_daemon("tiny", namespace=host) as daemon:
+    with running_daemon("tiny", "tiny-net", namespace=host) as daemon:
         daemon.inn.network_create("lab").wait()
-        specs = [vm_spec(name, "tiny", memory="256M", disk="8M", network="lab") for name in ("web", "db")]
+        specs = [vm_spec(name, "tiny-net", memory="256M", disk="8M", network="lab") for name in ("web", "db")]
         for operation in [daemon.inn.create(spec) for spec in specs]:
             operation.wait()
         yield daemon
@@ -83,14 +85,50 @@ def test_guests_have_the_addresses_that_are_shown_and_find_each_other_by_name(la
         assert sh(lab, "web", f"ping -c 1 -W 10 {other}")[0], other
 
 
-def test_the_internet_sees_the_hosts_address(lab, internet):
+def test_the_internet_sees_the_hosts_address_over_both_ip_versions(lab, internet):
     inside = ["nsenter", f"--net=/run/netns/{internet}", sys.executable, "-c", SERVER]
     with subprocess.Popen(inside, stderr=subprocess.DEVNULL) as server:
         try:
             assert eventually(lambda: ":80" in run(internet, "ss", "-ltn"))
-            assert sh(lab, "web", "wget -q -T 20 -O - http://192.0.2.2/") == (True, "192.0.2.1")
+            for target, seen in (("192.0.2.2", "192.0.2.1"), ("[2001:db8:2::2]", "2001:db8:2::1")):
+                page = f"curl -sS -g -m 20 http://{target}/"
+                assert eventually(lambda page=page, seen=seen: sh(lab, "web", page) == (True, seen)), sh(
+                    lab, "web", page
+                )
         finally:
             server.kill()
+
+
+def test_a_card_with_a_limit_sends_and_receives_no_more_than_that(lab, host):
+    web, db, limit = lab.inn.vm("web"), lab.inn.vm("db").info["address"], 10_000_000
+    tap = web.nics[0]["tap"]
+    sh(lab, "db", "iperf3 -s -D")
+
+    def rate(*more):
+        """Bits per second that came through TCP, of five seconds."""
+        ended, said = sh(lab, "web", f"iperf3 -J -t 5 -c {db} {' '.join(more)}")
+        assert ended, said
+        return json.loads(said)["end"]["sum_received"]["bits_per_second"]
+
+    def queue():
+        return run(host, "tc", "qdisc", "show", "dev", tap)
+
+    web.nic_set(0, limit="10mbit").wait()
+    assert web.nics[0]["limit"] == limit
+    assert limit * 0.3 < rate() < limit * 1.5
+    assert limit * 0.3 < rate("-R") < limit * 1.5
+    run(host, "tc", "qdisc", "del", "dev", tap, "root")
+    assert eventually(lambda: "tbf" in queue())
+    assert eventually(lambda: any("limit" in event["text"] for event in lab.inn.events()))
+    lab.kill()
+    run(host, "tc", "qdisc", "del", "dev", tap, "root")
+    lab.start()
+    assert "rate 10Mbit" in queue()
+    assert "limit rate" in run(host, "nft", "list", "chain", "bridge", "innkeeper", tap)
+    web.nic_set(0, limit="none").wait()
+    assert "tbf" not in queue() and web.nics[0]["limit"] is None
+    assert "limit rate" not in run(host, "nft", "list", "chain", "bridge", "innkeeper", tap)
+    sh(lab, "db", "killall iperf3")
 
 
 def test_an_address_that_is_not_its_own_gets_a_guest_nowhere(lab):

@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -10,10 +9,8 @@ from pathlib import Path
 
 import pytest
 from conftest import running_daemon
-from inside import begin, ready
 from namespaces import namespace, run
 
-from innkeeper.client.errors import ApiError
 from innkeeper.client.wishes import vm_spec
 from innkeeper.network.passt import processes
 from innkeeper.qemu import cgroup
@@ -31,7 +28,6 @@ with socket.create_server(("::", 7000), family=socket.AF_INET6, dualstack_ipv6=T
         connection.sendall(who[0].encode())
         connection.close()
 """
-ASK = "import socket; print(socket.create_connection(('192.0.2.1', 8080), 20).recv(9).decode().strip())"
 
 
 @pytest.fixture(scope="module")
@@ -92,16 +88,6 @@ def test_a_guest_reaches_out_by_both_versions_and_not_its_host(lab):
     assert "192.0.2" not in sh(lab, "web", "timeout 4 nc 10.0.2.2 7000 </dev/null")  # the host's loopback
 
 
-def test_a_published_port_leads_in_and_stays_as_it_is_while_the_vm_runs(lab, outside):
-    begin(lab.inn.vm("web"), "while true; do echo hello | nc -l -p 80; done")
-    assert run(outside, sys.executable, "-c", ASK) == "hello\n"
-    with pytest.raises(ApiError, match="takes its ports when the VM starts"):
-        lab.inn.vm("web").publish("8081:81")
-    with pytest.raises(ApiError, match="takes its ports when the VM starts"):
-        lab.inn.vm("web").unpublish(8080)
-    assert [port["host"] for port in lab.inn.ports()][-1] == 8080
-
-
 def test_it_is_confined_as_its_vm(lab):
     vm = lab.inn.vm("web").info
     (pid,) = passts(lab)
@@ -110,67 +96,3 @@ def test_it_is_confined_as_its_vm(lab):
     if cgroup.detect().mode != "none":
         groups = [Path(f"/proc/{one}/cgroup").read_text() for one in (pid, vm["pid"])]
         assert groups[0] == groups[1] and vm["id"] in groups[0]
-
-
-def test_it_outlives_the_daemon_and_ends_with_qemu(lab, outside):
-    before = passts(lab)
-    lab.kill()
-    lab.start()
-    assert passts(lab) == before
-    assert run(outside, sys.executable, "-c", ASK) == "hello\n"
-    pid = lab.inn.vm("web").info["pid"]
-    lab.kill()
-    os.kill(pid, signal.SIGKILL)
-    alive = before[0]
-    assert eventually(lambda: not Path(f"/proc/{alive}").exists() or ") Z " in Path(f"/proc/{alive}/stat").read_text())
-    lab.start()
-    vm = lab.inn.vm("web")
-    assert eventually(lambda: vm.state == "crashed")
-    vm.start()
-    ready(vm)
-    assert len(passts(lab)) == 1
-
-
-def test_a_port_that_is_taken_is_said(lab, host):
-    vm = lab.inn.vm("web")
-    vm.stop(force=True)
-    assert passts(lab) == []
-    hold = (
-        "import socket, time; s = socket.create_server(('0.0.0.0', 8080)); print('there', flush=True); time.sleep(9)"
-    )
-    with subprocess.Popen(
-        ["nsenter", f"--net=/run/netns/{host}", sys.executable, "-c", hold], stdout=subprocess.PIPE, text=True
-    ) as holder:
-        holder.stdout.readline()
-        with pytest.raises(ApiError, match="host port 8080/tcp of web is in use"):
-            vm.start()
-        holder.kill()
-    vm.start()
-    ready(vm)
-
-
-def test_a_card_comes_and_goes_while_the_guest_runs(lab):
-    vm = lab.inn.vm("web")
-    vm.nic_add(mode="passt").wait()
-    assert [card["backend"] for card in vm.nics] == ["passt", "passt"] and len(passts(lab)) == 2
-    sh(lab, "web", "ip link set eth1 up")
-    assert eventually(lambda: "2001:db8:" in sh(lab, "web", "ip addr show eth1"))
-    vm.nic_remove(1).wait()
-    assert eventually(lambda: len(passts(lab)) == 1)
-
-
-def test_one_that_ends_before_its_qemu_is_said(lab):
-    os.kill(passts(lab)[0], signal.SIGKILL)
-    assert eventually(lambda: any("its passt has ended" in event["text"] for event in lab.inn.events()))
-    vm = lab.inn.vm("web")
-    vm.stop(force=True)
-    vm.start()
-    assert len(passts(lab)) == 1
-
-
-def test_forks_have_one_each(lab, outside):
-    ready(lab.inn.vm("web"))
-    lab.inn.fork("web", name="other")
-    assert len(passts(lab, "other")) == 1
-    assert eventually(lambda: sh(lab, "other", "timeout 8 nc 192.0.2.2 7000 </dev/null") == "::ffff:192.0.2.1")
-    lab.inn.vm("other").delete(force=True)

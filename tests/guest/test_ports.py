@@ -42,8 +42,9 @@ def lab(outside):
     """A daemon with networks `lab` (nat) and `vault` (internal), and the guests `web` in lab and `home` in none."""
     with namespace("inn") as host:
         run(host, "ip", "link", "add", "wan", "type", "veth", "peer", "name", "eth0", "netns", outside)
-        for where, link, address in ((host, "wan", "192.0.2.1/24"), (outside, "eth0", "192.0.2.2/24")):
-            run(where, "ip", "addr", "add", address, "dev", link)
+        for where, link, number in ((host, "wan", 1), (outside, "eth0", 2)):
+            run(where, "ip", "addr", "add", f"192.0.2.{number}/24", "dev", link)
+            run(where, "ip", "addr", "add", f"2001:db8:2::{number}/64", "dev", link, "nodad")
             run(where, "ip", "link", "set", link, "up")
         with running_daemon("tiny", namespace=host) as daemon:
             daemon.inn.network_create("lab").wait()
@@ -116,12 +117,47 @@ def test_a_port_is_visible_at_once_and_gone_at_once_with_the_connections_through
     assert [port["host"] for port in lab.inn.ports() if port["vm"] == "web"] == []
 
 
+HOLD6 = HOLD.replace("192.0.2.1", "2001:db8:2::1")
+
+
+def test_a_port_leads_in_over_both_ip_versions_or_the_one_of_its_address(lab, outside):
+    web = lab.inn.vm("web")
+    sh(lab, "web", f"({ECHO.replace('-p 7', '-p 8')}) </dev/null >/dev/null 2>&1 &")
+    web.publish("8080:80").wait()
+    web.publish("7007:8").wait()
+    for address in ("192.0.2.1", "[2001:db8:2::1]"):
+        assert get(outside, f"{address}:8080") == "hello", address
+        assert get(lab.namespace, f"{address}:8080") == "hello", address
+    for address in ("127.0.0.1", "localhost"):
+        assert get(lab.namespace, f"{address}:8080") == "hello", address
+    (page,) = [port for port in lab.inn.ports() if port["host"] == 8080]
+    assert page["address"] == "::" and page["packets"] > 6
+    inside = ["nsenter", f"--net=/run/netns/{outside}", sys.executable, "-c", HOLD6]
+    with subprocess.Popen(inside, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1) as line:
+        line.stdin.write("one\n")
+        assert line.stdout.readline() == "one\n"
+        web.unpublish(7007).wait()
+        line.stdin.write("two\n")
+        assert line.stdout.readline() in ("nothing\n", "closed\n")
+        line.stdin.close()
+    web.unpublish(8080).wait()
+    for address, there in (("0.0.0.0", (True, False)), ("2001:db8:2::1", (False, True))):
+        web.publish("8080:80", address=address).wait()
+        found = tuple(get(outside, f"{way}:8080") == "hello" for way in ("192.0.2.1", "[2001:db8:2::1]"))
+        assert found == there, address
+        web.unpublish(8080).wait()
+    with pytest.raises(ApiError, match="2001:db8::99 is no address of this host"):
+        web.publish("8080:80", address="2001:db8::99").wait()
+    with pytest.raises(ApiError, match="leads in over IPv4 only"):
+        lab.inn.vm("home").publish("8080:80", address="2001:db8:2::1")
+
+
 def test_a_port_of_qemus_own_nat_comes_and_goes_likewise(lab, outside):
     home = lab.inn.vm("home")
     home.publish("8080:80").wait()
     assert get(outside, "192.0.2.1:8080") == "hello"
     (page,) = [port for port in lab.inn.ports() if port["host"] == 8080]
-    assert page["packets"] is None and page["network"] is None
+    assert page["packets"] is None and page["network"] is None and page["address"] == "0.0.0.0"
     home.unpublish(8080).wait()
     assert get(outside, "192.0.2.1:8080") is None
     held = ["nsenter", f"--net=/run/netns/{lab.namespace}", sys.executable, "-c"]
@@ -168,6 +204,72 @@ def test_a_card_comes_and_goes_while_the_guest_runs_and_the_others_stay(lab, out
     assert json.loads(run(lab.namespace, "ip", "-j", "link", "show", "type", "tun"))[0]["ifname"] == first["tap"]
     with pytest.raises(ApiError, match="web has no card 2"):
         web.nic_remove(2)
+
+
+def carrier(lab, vm):
+    """(whether the cable is in, how often it came and went), as the guest sees it."""
+    up, changes = sh(lab, vm, "cd /sys/class/net/eth0; cat carrier carrier_changes")[1].split()
+    return up == "1", int(changes)
+
+
+def asks_anew(lab, vm):
+    """Have a guest ask for its address, which busybox does not do by itself when the cable is in again."""
+    lease = "udhcpc -n -q -i eth0 -s /usr/lib/innkeeper/dhcp"
+    return sh(lab, vm, f"killall udhcpc; ip -4 addr flush dev eth0; {lease} 2>&1; ip -4 addr show eth0")[1]
+
+
+def master(lab, tap):
+    return json.loads(run(lab.namespace, "ip", "-j", "link", "show", "dev", tap))[0]["master"]
+
+
+def test_a_card_comes_into_another_network_while_the_guest_runs(lab):
+    web = lab.inn.vm("web")
+    (first,) = cards(web)
+    for wish, words in (
+        ({"model": "e1000e"}, "the model of card 0 is virtio for as long as web runs"),
+        ({"mac": "52:54:00:aa:bb:cc"}, "the MAC address of card 0 is"),
+        ({"network": "nowhere"}, "no network 'nowhere'"),
+        ({"network": "vault", "address": first["address"]}, "no address for a card in network vault"),
+    ):
+        with pytest.raises(ApiError, match=words):
+            web.nic_set(0, **wish).wait()
+    with pytest.raises(ApiError, match="the mode of card 0 is user"):
+        lab.inn.vm("home").nic_set(0, network="lab")
+    assert cards(web) == [first]
+    _, changes = carrier(lab, "web")
+    web.nic_set(0, network="vault").wait()
+    (card,) = cards(web)
+    assert card | {"network": "lab", "address": first["address"], "address6": first["address6"]} == first
+    assert eventually(lambda: carrier(lab, "web") == (True, changes + 2))
+    assert master(lab, first["tap"]) == lab.inn.network("vault")["bridge"]
+    assert card["address"] != first["address"] and f"inet {card['address']}/24" in asks_anew(lab, "web")
+    lab.kill()
+    lab.start()
+    assert cards(web) == [card] and master(lab, first["tap"]) == lab.inn.network("vault")["bridge"]
+    web.nic_set(0, network="lab", address=first["address"]).wait()
+    assert cards(web) == [first] and f"inet {first['address']}/24" in asks_anew(lab, "web")
+    assert sh(lab, "web", "ping -c 1 -W 10 10.77.0.1")[0] == 0
+
+
+def test_a_cable_is_pulled_out_and_put_in_also_of_a_fork(lab):
+    web = lab.inn.vm("web")
+    web.nic_set(0, link="down").wait()
+    assert eventually(lambda: not carrier(lab, "web")[0]) and web.nics[0]["link"] == "down"
+    fork = lab.inn.fork("web", name="likewise")
+    try:
+        assert not carrier(lab, "likewise")[0]
+        fork.nic_set(0, link="up").wait()
+        assert eventually(lambda: carrier(lab, "likewise")[0])
+        fork.nic_set(0, network="vault").wait()  # where web has been before, at the same address
+        assert f"inet {fork.nics[0]['address']}/24" in asks_anew(lab, "likewise")
+        fork.nic_set(0, link="down").wait()
+        fork.restart(force=True)
+        ready(fork)
+        assert not carrier(lab, "likewise")[0]
+    finally:
+        fork.delete(force=True)
+        web.nic_set(0, link="up").wait()
+    assert eventually(lambda: carrier(lab, "web")[0])
 
 
 def test_an_address_belongs_to_one_card(lab):

@@ -14,7 +14,7 @@ import pytest
 from innkeeper.base.errors import InvalidInput
 from innkeeper.client import ApiError, DaemonUnreachable, Innkeeper, SocketForbidden, vm_spec
 from innkeeper.client.api import find_socket
-from innkeeper.client.wishes import parse_publish
+from innkeeper.client.wishes import endpoint, parse_publish
 
 # --- wishes ---
 
@@ -41,10 +41,18 @@ def test_a_relative_disc_is_made_absolute(monkeypatch, tmp_path):
     assert vm_spec("x", iso="disc.iso")["iso"] == str(tmp_path / "disc.iso")
 
 
-@pytest.mark.parametrize("text", ["", "80", "80:", ":80", "0:1", "1:65536", "a:b", "1:2/icmp", "1:2:3:4", "::1:1:1"])
+@pytest.mark.parametrize(
+    "text", ["", "80", "80:", ":80", "0:1", "1:65536", "a:b", "1:2/icmp", "1:2:3:4", "::1:1:1", "[::1]80:80"]
+)
 def test_ports_that_make_no_sense(text):
     with pytest.raises(InvalidInput):
         parse_publish(text)
+
+
+def test_the_address_of_a_port():
+    for text, address in (("127.0.0.1:80:81", "127.0.0.1"), ("[::1]:80:81", "::1"), ("[::]:80:81", "::")):
+        assert parse_publish(text) == {"address": address, "host": 80, "guest": 81}
+        assert endpoint(address, 80) == text.removesuffix(":81")
 
 
 def test_a_port_cannot_lead_through_an_unplugged_cable():

@@ -35,6 +35,7 @@ class Server(ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.statuses = []
+        self.changing = threading.Lock()
         self.requests: list[dict[str, str]] = []
 
     @property
@@ -59,22 +60,24 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header("Location", server.redirect)
             self.send_header("Content-Length", "0")
             return self.end_headers()
+        with server.changing:
+            body, etag, cut_after = server.body, server.etag, server.cut_after
         start = 0
         asked = self.headers.get("Range")
-        if asked and server.ranges and self.headers.get("If-Range", server.etag) == server.etag:
+        if asked and server.ranges and self.headers.get("If-Range", etag) == etag:
             start = int(asked.removeprefix("bytes=").rstrip("-"))
             self.send_response(206)
-            self.send_header("Content-Range", f"bytes {start}-{len(server.body) - 1}/{len(server.body)}")
+            self.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
         else:
             self.send_response(200)
-        data = server.body[start:]
+        data = body[start:]
         if server.length:
             self.send_header("Content-Length", str(len(data)))
-        self.send_header("ETag", server.etag)
+        self.send_header("ETag", etag)
         self.send_header("Connection", "close")
         self.end_headers()
         self.close_connection = True
-        self.wfile.write(data[: server.cut_after])
+        self.wfile.write(data[:cut_after])
         if server.hang:
             self.wfile.flush()
             server.hang.wait(30)
@@ -148,7 +151,8 @@ async def test_a_file_that_changes_between_attempts_is_fetched_anew(server: Serv
     task = asyncio.create_task(fetch(server, tmp_path / "image", pause=0.1))
     while len(server.requests) < 2:  # noqa: ASYNC110 (a thread, not a task)
         await asyncio.sleep(0.01)
-    server.body, server.etag, server.cut_after = BODY, '"two"', None
+    with server.changing:
+        server.body, server.etag, server.cut_after = BODY, '"two"', None
     await task
     assert (tmp_path / "image").read_bytes() == BODY
 

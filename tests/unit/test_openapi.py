@@ -33,6 +33,6 @@ def test_every_action_of_the_table_has_a_route():
     named = set(openapi()["components"]["schemas"]["Action"]["enum"])
     elsewhere = {"delete": "/v1/vms/{vm}", **{a: f"/v1/vms/{{vm}}/{a}" for a in ("exec", "screenshot", "clone")}}
     elsewhere |= {"snapshot": "/v1/vms/{vm}/snapshots", "restore": "/v1/vms/{vm}/snapshots/{snapshot}/restore"}
-    elsewhere |= {"fork": "/v1/forks", "nics": "/v1/vms/{vm}/nics"}
+    elsewhere |= {"fork": "/v1/forks", "nics": "/v1/vms/{vm}/nics", "firewall": "/v1/vms/{vm}/firewall"}
     for action in ACTIONS:
         assert action in named or elsewhere.get(action) in routes or action == "console", action

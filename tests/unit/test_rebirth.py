@@ -59,6 +59,13 @@ def test_a_place_in_a_network_is_told_in_a_form_that_needs_no_parser(gateway, wa
     assert f"{MACS[0][0]},place 0a4d0005,ffffff00,{way},10.77.0.1,inn,1400\n" in told
 
 
+def test_a_host_that_is_reached_otherwise_is_told_likewise():
+    host, hop = IPv4Address("169.254.169.254"), IPv4Address("10.77.0.1")
+    who = replace(WHO, places={MACS[0][0]: replace(place(None), mtu=None, routes=((host, hop),))})
+    assert f"{MACS[0][0]},place 0a4d0005,ffffff00,,10.77.0.1,inn,,a9fea9fe,0a4d0001\n" in words(who)
+    assert " routes=169.254.169.254,10.77.0.1;;" in shell_script(who)
+
+
 def place(gateway: str | None) -> Place:
     way = IPv4Address(gateway) if gateway else None
     return Place(IPv4Interface("10.77.0.5/24"), way, IPv4Address("10.77.0.1"), "inn", 1400)

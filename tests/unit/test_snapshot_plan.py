@@ -83,8 +83,8 @@ def test_followed_to_its_end_what_is_needed_reads_the_same(seed):
 
 
 def test_the_machine_of_a_saved_memory_keeps_what_the_guest_does_not_see():
-    def nic(mode, *ports):
-        return {"mode": mode, "model": "virtio", "mac": None, "publish": list(ports)}
+    def nic(mode, *ports, limit=None):
+        return {"mode": mode, "model": "virtio", "mac": None, "limit": limit, "publish": list(ports)}
 
     pinned = {"machine_type": "pc-q35-7.2", "accelerator": "tcg", "cpu_model": "Westmere-v1"}
     then = {
@@ -103,3 +103,5 @@ def test_the_machine_of_a_saved_memory_keeps_what_the_guest_does_not_see():
     assert fields["identity"] == pinned | {"macs": ["a", "b", "c"], "uuid": "u", "ssh_port": 9, "cards": None}
     assert words == ["vCPUs (4 → 1)", "NICs", "MAC addresses"]
     assert machine_then(then, then)[1] == []
+    then["spec"]["nics"], now["spec"]["nics"] = [nic("network", limit=1)], [nic("network", limit=2)]
+    assert machine_then(now, then)[0]["spec"]["nics"] == [nic("network", limit=2)]

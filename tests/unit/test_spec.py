@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
+from innkeeper.base.units import format_rate
 from innkeeper.spec.disk import DiskSpec
 from innkeeper.spec.image import BuildRequest, ImportRequest, PullRequest
 from innkeeper.spec.manifest import ImageManifest, Manifest, VMManifest
@@ -148,7 +149,7 @@ def test_two_nics_of_one_address():
 
 
 @pytest.mark.parametrize(
-    "address", ["", "::1", "localhost", "127.1", "1.2.3.4.5", "127.0.0.1,x", "127.0.0.1-:22", "010.0.0.1"]
+    "address", ["", ":::1", "localhost", "127.1", "1.2.3.4.5", "127.0.0.1,x", "127.0.0.1-:22", "010.0.0.1"]
 )
 def test_no_addresses(address):
     assert "IPv4" in refusal(lambda: PortForward(host=1, guest=1, address=address), "address")
@@ -165,6 +166,23 @@ def test_a_port_is_published_once():
     for other in (one, (80, 81, "tcp", "127.0.0.1"), (80, 81, "tcp", "0.0.0.0")):
         assert "80/tcp" in refusal(lambda other=other: publish(one, other))
         assert "80/tcp" in refusal(lambda other=other: publish(other, one))
+    nat = {"mode": "network", "network": "lab"}
+    for one, other, clash in (
+        ("::", "::", True),
+        ("::", "127.0.0.1", True),
+        ("2001:db8::1", "::", True),
+        ("::", "0.0.0.0", True),
+        ("2001:db8::1", "0.0.0.0", False),
+        ("2001:db8::1", "127.0.0.1", False),
+    ):
+        nic = nat | {"publish": [{"host": 80, "guest": 80, "address": address} for address in (one, other)]}
+        if clash:
+            assert "80/tcp" in refusal(lambda nic=nic: vm(nics=[nic]))
+        else:
+            vm(nics=[nic])
+    nic = nat | {"publish": [{"host": 80, "guest": 80, "address": "::1"}]}
+    assert "127.0.0.1" in refusal(lambda: vm(nics=[nic]), "nics", "0")
+    assert "IPv4 only" in refusal(lambda: NicSpec(publish=(PortForward(host=80, guest=80, address="::"),)))
     for bad in (0, 65536, -1):
         refusal(lambda bad=bad: PortForward(host=bad, guest=1), "host")
         refusal(lambda bad=bad: PortForward(host=1, guest=bad), "guest")
@@ -280,3 +298,30 @@ def test_anything_at_all_is_taken_or_refused_by_name(value, field):
         VMSpec.model_validate({"name": "web", "image": "debian-12", field: value})
     except ValidationError as error:
         assert all(problem["loc"][:1] in ((field,), ()) for problem in error.errors())
+
+
+@pytest.mark.parametrize(
+    ("written", "bits", "said"),
+    [
+        ("100mbit", 10**8, "100mbit"),
+        ("1.5mbit", 1_500_000, "1500kbit"),
+        ("64kbit", 64_000, "64kbit"),
+        ("2.5 Gbit", 2_500_000_000, "2500mbit"),
+        ("1000001", 1_000_001, "1000001bit"),
+        (10**9, 10**9, "1gbit"),
+    ],
+)
+def test_rates(written, bits, said):
+    nic = NicSpec(mode="network", network="lab", limit=written)
+    assert nic.limit == bits and format_rate(bits) == said
+
+
+@pytest.mark.parametrize("written", ["", "fast", "100MB", "100mbps", "-1mbit", "63kbit", "33gbit", True, 0])
+def test_no_rates(written):
+    refusal(lambda: NicSpec(mode="network", network="lab", limit=written), "limit")
+
+
+def test_limits_and_links_are_of_cards_that_can_have_them():
+    assert "takes no limit" in refusal(lambda: NicSpec(limit="1mbit"))
+    assert "no cable" in refusal(lambda: NicSpec(mode="none", link="down"))
+    assert NicSpec(link="down").link == "down"

@@ -1,4 +1,4 @@
-"""Sizes and durations as people write them."""
+"""Sizes, durations and rates as people write them."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ KIB, MIB, GIB, TIB = 1 << 10, 1 << 20, 1 << 30, 1 << 40
 _SIZE = re.compile(r"(\d{1,18}(?:\.\d{1,6})?)\s*([kmgtp]?)(?:i?b)?", re.IGNORECASE | re.ASCII)
 _POWER = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4, "p": 5}
 _DURATION = re.compile(r"(\d{1,9}(?:\.\d{1,6})?)\s*(ms|s|m|h|d|w)?", re.ASCII)
+_RATE = re.compile(r"(\d{1,15}(?:\.\d{1,6})?)\s*(?:([kmg]?)bit)?", re.ASCII)
+_BITS = {"g": 10**9, "m": 10**6, "k": 10**3, "": 1}
 _SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
 
 
@@ -53,3 +55,17 @@ def format_age(seconds: float) -> str:
         if seconds >= size:
             return f"{seconds // size:.0f}{unit}"
     return f"{max(0, seconds):.0f}s"
+
+
+def parse_rate(text: str | int) -> int:
+    """Bits per second, written as tc(8) does: `100mbit`, `512kbit`, `2.5gbit`. Raises `InvalidInput`."""
+    match = _RATE.fullmatch(str(text).strip().lower())
+    if not match:
+        raise InvalidInput(f"rate {str(text)!r} is not understood", hint="write it like 512kbit, 100mbit or 2.5gbit")
+    return int(float(match[1]) * _BITS[match[2] or ""])
+
+
+def format_rate(bits: int) -> str:
+    """The same of a number: `100mbit`."""
+    unit = next(unit for unit, size in _BITS.items() if bits % size == 0)
+    return f"{bits // _BITS[unit]}{unit}bit"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from innkeeper.cli.parser import duration, size
+from innkeeper.cli.parser import duration, rate, size
 from innkeeper.cli.table import Argument as A
 
 FORMATS = ("qcow2", "raw", "vmdk", "vdi", "vhdx", "vpc")
@@ -46,6 +46,11 @@ SRIOV = A(
     ("--sriov",), "interface of the host of which the guest gets a virtual function (SR-IOV)", {"metavar": "INTERFACE"}
 )
 VLAN = A(("--vlan",), "VLAN outside that the virtual function is in", {"metavar": "N", "type": int})
+LIMIT = A(
+    ("--limit",),
+    "most that it sends, and most that it receives, per second, like 100mbit",
+    {"metavar": "RATE", "type": rate},
+)
 USER_DATA = A(("--user-data",), "cloud-init user-data; - is stdin", {"metavar": "FILE"}, "file")
 
 SNAPSHOT = A(("snapshot",), "name or id of the snapshot", {"metavar": "SNAP"})

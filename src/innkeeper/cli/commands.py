@@ -14,6 +14,7 @@ from innkeeper.cli.arguments import (
     IMAGE,
     IMAGES,
     INSIDE,
+    LIMIT,
     MACHINES,
     MACVTAP,
     MACVTAP_MODE,
@@ -30,6 +31,7 @@ from innkeeper.cli.arguments import (
     VMS,
 )
 from innkeeper.cli.commands_copies import COPIES
+from innkeeper.cli.commands_firewall import FIREWALL
 from innkeeper.cli.commands_networks import NETWORKS
 from innkeeper.cli.parser import duration, lifetime, ports, size
 from innkeeper.cli.table import Argument as A
@@ -61,11 +63,12 @@ COMMANDS: tuple[C, ...] = (
             A(("--iso",), "disc of the host to boot once, like an installer", {"metavar": "FILE"}, "file"),
             A(
                 ("--publish", "-p"),
-                "host port that leads into the guest: [ADDRESS:]HOST:GUEST[/udp]; may be repeated",
+                "host port that leads into the guest: [ADDRESS:]HOST:GUEST[/udp], IPv6 in brackets; may be repeated",
                 {"metavar": "PORTS", "action": "append", "type": ports},
             ),
             NETWORK,
             ADDRESS,
+            LIMIT,
             MACVTAP,
             MACVTAP_MODE,
             SRIOV,
@@ -85,6 +88,11 @@ COMMANDS: tuple[C, ...] = (
                 "the guest can ask 169.254.169.254 for its own data, user-data included",
                 {"action": "store_true"},
             ),
+            A(
+                ("--tag",),
+                "a word by which firewall rules and inn ls know it; repeat for more",
+                {"metavar": "TAG", "action": "append"},
+            ),
             A(("--note",), "free text for people", {"metavar": "TEXT", "default": ""}),
             A(("--no-start",), "make it, but leave it stopped", {"action": "store_true"}),
             A(("--force",), "even where the host has too little memory", {"action": "store_true"}),
@@ -103,8 +111,8 @@ COMMANDS: tuple[C, ...] = (
         MACHINES,
         "list VMs",
         "vms:ls",
-        (),
-        ("inn ls", "inn ls -o name"),
+        (A(("--tag",), "only those with this tag", {"metavar": "TAG"}),),
+        ("inn ls", "inn ls -o name", "inn ls --tag web"),
         "list",
     ),
     C(
@@ -427,6 +435,7 @@ COMMANDS: tuple[C, ...] = (
     ),
     *COPIES,
     *NETWORKS,
+    *FIREWALL,
     C(
         "apply",
         AS_FILES,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from innkeeper.cli.arguments import ADDRESS, BETWEEN, MACVTAP, MACVTAP_MODE, NETWORK, NO_WAIT, SRIOV, VLAN, VM
-from innkeeper.cli.parser import ports
+from innkeeper.cli.arguments import ADDRESS, BETWEEN, LIMIT, MACVTAP, MACVTAP_MODE, NETWORK, NO_WAIT, SRIOV, VLAN, VM
+from innkeeper.cli.parser import new_rate, ports
 from innkeeper.cli.table import Argument as A
 from innkeeper.cli.table import Command as C
+
+CARD = A(("card",), "its number or its MAC address", {"metavar": "CARD"})
 
 NETWORKS: tuple[C, ...] = (
     C(
@@ -87,14 +89,19 @@ NETWORKS: tuple[C, ...] = (
         (
             VM,
             A(("mapping",), "HOST:GUEST, of UDP with /udp", {"metavar": "PORTS", "type": ports}),
-            A(("--bind",), "address of the host that listens; all by default", {"metavar": "ADDR"}),
+            A(
+                ("--bind",),
+                "address of the host that listens; :: (default) is all, 0.0.0.0 all of IPv4",
+                {"metavar": "ADDR"},
+            ),
             A(("--nic",), "number of the card; the first that is plugged in by default", {"metavar": "N", "type": int}),
             A(("--note",), "why, for people", {"metavar": "TEXT", "default": ""}),
             NO_WAIT,
         ),
         ("inn publish web 8080:80", "inn publish dns 53:53/udp --bind 192.0.2.1 --note 'for the lab'"),
         "document",
-        "IPv4. Into networks of mode nat, and through the user-mode NAT of a card without network.",
+        "Into networks of mode nat, over IPv4 and IPv6; and through the user-mode NAT of a card without network, which "
+        "does IPv4 only.",
     ),
     C(
         "unpublish",
@@ -144,17 +151,42 @@ NETWORKS: tuple[C, ...] = (
             A(("--model",), "virtio (default) or e1000e", {"choices": ("virtio", "e1000e"), "default": "virtio"}),
             A(("--mac",), "its MAC address; by default made from the VM's id", {"metavar": "MAC"}),
             ADDRESS,
+            LIMIT,
             NO_WAIT,
         ),
         ("inn nic add web --network lab", "inn nic add web --network lab --address 10.77.0.80"),
         "document",
     ),
     C(
+        "nic set",
+        BETWEEN,
+        "change a network card of a VM, running or not",
+        "nics:change",
+        (
+            VM,
+            CARD,
+            A(("--network",), "another network, where it gets another address", {"metavar": "NETWORK"}, "network"),
+            A(("--address",), "another IPv4 address in its network", {"metavar": "ADDRESS"}),
+            A(
+                ("--limit",),
+                "most that it sends, and most that it receives, per second, like 100mbit; or none",
+                {"metavar": "RATE", "type": new_rate},
+            ),
+            A(("--link",), "down: as if its cable had been pulled out", {"choices": ("up", "down")}),
+            A(("--model",), "of a stopped VM", {"choices": ("virtio", "e1000e")}),
+            A(("--mac",), "of a stopped VM: its MAC address", {"metavar": "MAC"}),
+            NO_WAIT,
+        ),
+        ("inn nic set web 0 --network lab", "inn nic set web 0 --limit 100mbit", "inn nic set web 1 --link down"),
+        "document",
+        "A guest that comes into another network sees its cable out for a second, so that it asks for an address anew.",
+    ),
+    C(
         "nic rm",
         BETWEEN,
         "take a network card away from a VM, running or not",
         "nics:remove",
-        (VM, A(("card",), "its number or its MAC address", {"metavar": "CARD"}), NO_WAIT),
+        (VM, CARD, NO_WAIT),
         ("inn nic rm web 1",),
         "document",
         "The other cards keep their numbers, MACs and addresses. The guest has to let go of it.",

@@ -31,6 +31,8 @@ def launch(inn: Innkeeper, args: Namespace) -> int:
     one_way(args, "network", "macvtap", "sriov", "nic")
     if args.address and not args.network:
         raise usage_error(args, "--address is in a network: add --network (inn network ls)")
+    if args.limit and not args.network:
+        raise usage_error(args, "--limit is of a card in a network: add --network (inn network ls)")
     if args.metadata and not args.network:
         raise usage_error(args, "--metadata is asked through a network: add --network (inn network ls)")
     if args.iso and not Path(args.iso).is_file():
@@ -51,6 +53,7 @@ def launch(inn: Innkeeper, args: Namespace) -> int:
         "sriov": args.sriov,
         "vlan": args.vlan,
         "address": args.address,
+        "limit": args.limit,
         "user": args.user,
         "ssh_keys": keys,
         "user_data": text(args, "user_data"),
@@ -58,6 +61,7 @@ def launch(inn: Innkeeper, args: Namespace) -> int:
         "ignition": text(args, "ignition"),
         "env": environment(args, args.env or ()),
         "metadata": args.metadata,
+        "tags": args.tag or (),
         "note": args.note,
     }
     operation = _begin(inn, args, options)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import NoReturn, TypeVar
 
 from innkeeper.base.errors import InvalidInput
-from innkeeper.base.units import parse_duration, parse_size
+from innkeeper.base.units import parse_duration, parse_rate, parse_size
 from innkeeper.cli import terminal
 from innkeeper.cli.table import Argument, Command
 from innkeeper.client.wishes import parse_publish
@@ -90,6 +90,16 @@ def size(text: str) -> int:
 def duration(text: str) -> float:
     """An argument like `90s`, as seconds."""
     return _checked(parse_duration, text)
+
+
+def rate(text: str) -> int:
+    """An argument like `100mbit`, as bits per second."""
+    return _checked(parse_rate, text)
+
+
+def new_rate(text: str) -> int | str:
+    """The same, or `none`."""
+    return text if text == "none" else rate(text)
 
 
 def lifetime(text: str) -> float | str:

@@ -13,6 +13,7 @@ from innkeeper.cli import terminal
 from innkeeper.cli.parser import usage_error
 from innkeeper.cli.progress import conclude
 from innkeeper.client import Innkeeper, Operation
+from innkeeper.client.wishes import endpoint
 
 HEADS = ("HOST", "VM", "GUEST", "NETWORK", "BY", "SINCE", "TRAFFIC", "LAST", "NOTE")
 
@@ -90,7 +91,7 @@ def _escaped(cell: str) -> str:
 
 
 def _host(port: dict[str, Any]) -> str:
-    return f"{port['address']}:{port['host']}/{port['protocol']}"
+    return f"{endpoint(port['address'], port['host'])}/{port['protocol']}"
 
 
 def _guest(port: dict[str, Any]) -> str:

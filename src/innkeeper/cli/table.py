@@ -50,6 +50,8 @@ class Command(NamedTuple):
 def find(commands: tuple[Command, ...], words: list[str]) -> tuple[Command | None, list[str]]:
     """The command that the words begin with, and the words after it."""
     table = {command.name: command for command in commands}
+    if len(words) > 2 and " ".join(words[:2]) not in table and (turned := f"{words[0]} {words[2]}") in table:
+        return table[turned], [words[1], *words[3:]]  # the object first: `inn firewall web ls`
     for count in (2, 1):
         if (name := " ".join(words[:count])) in table and len(words) >= count:
             return table[name], words[count:]

@@ -6,15 +6,15 @@ from argparse import Namespace
 from typing import Any
 
 from innkeeper.base.clock import age
-from innkeeper.base.units import format_age, format_size
+from innkeeper.base.units import format_age, format_rate, format_size
 from innkeeper.cli import terminal
-from innkeeper.cli.nics import where
 from innkeeper.cli.terminal import Cell
 from innkeeper.client import Innkeeper
+from innkeeper.client.wishes import endpoint
 
 
 def ls(inn: Innkeeper, args: Namespace) -> int:
-    documents = inn.vms()
+    documents = [vm for vm in inn.vms() if not args.tag or args.tag in (vm["spec"].get("tags") or ())]
     if args.output == "json":
         terminal.emit_json(documents)
     elif args.output == "name":
@@ -23,6 +23,8 @@ def ls(inn: Innkeeper, args: Namespace) -> int:
     elif documents:
         heads = ("NAME", "STATE", "IMAGE", "CPUS", "MEMORY", "ADDRESS", "PORTS", "SINCE", "NOTE")
         terminal.say(terminal.table(heads, [_row(document) for document in documents]))
+    elif args.tag:
+        terminal.note(f"no VM has the tag {args.tag}; inn tag add VM {args.tag}")
     else:
         terminal.note("no VMs yet; make one: inn launch debian-12")
     return 0
@@ -68,8 +70,29 @@ def forwards(vm: dict[str, Any]) -> list[dict[str, Any]]:
 
 def forward(one: dict[str, Any]) -> str:
     address = one.get("address") or "127.0.0.1"
-    host = f"{one['host']}" if address == "127.0.0.1" else f"{address}:{one['host']}"
+    host = f"{one['host']}" if address == "127.0.0.1" else endpoint(address, one["host"])
     return f"{host}→{one['guest']}" + ("/udp" if one.get("protocol") == "udp" else "")
+
+
+def where(card: dict[str, Any]) -> str:
+    """What a card is plugged into, in words."""
+    words = {"user": "user-mode NAT", "none": "cable not plugged in"}
+    if card["mode"] == "user" and card.get("backend") == "passt":
+        return "user-mode NAT by passt"
+    vlan = f", VLAN {card['vlan']}" if card.get("vlan") else ""
+    return card.get("network") or words.get(card["mode"]) or f"{card['mode']} on {card.get('parent')}{vlan}"
+
+
+def described(card: dict[str, Any]) -> tuple[str, ...]:
+    """Where a card is plugged in, its address, its limit, and whether its cable is in; as a spec or the API has it."""
+    return (
+        f"in {card['network']}" if card.get("network") else where(card),
+        card.get("address") or "",
+        f"at most {format_rate(card['limit'])}" if card.get("limit") else "",
+        "link down" if card.get("link") == "down" else "",
+        card.get("model") or "",
+        card.get("mac") or "",
+    )
 
 
 def info(inn: Innkeeper, args: Namespace) -> int:
@@ -102,6 +125,8 @@ def _page(vm: dict[str, Any], ssh: bool) -> list[tuple[str, Any]]:
         rows.append(("Operation", [(operation["kind"], "cyan"), (f"  inn op show {operation['id']} -f", "dim")]))
     if spec.get("note"):
         rows.append(("Note", spec["note"]))
+    if spec.get("tags"):
+        rows.append(("Tags", " ".join(spec["tags"])))
     machine = vm.get("machine") or {}
     kind = {"kvm": "KVM", "tcg": "software emulation (TCG)"}.get(str(machine.get("accelerator")), "")
     rows += [
@@ -146,11 +171,10 @@ def _disks(vm: dict[str, Any]) -> list[tuple[str, Any]]:
 def _network(vm: dict[str, Any], spec: dict[str, Any], ssh: bool) -> list[tuple[str, Any]]:
     lines: list[tuple[str, Any]] = []
     for index, nic in enumerate(nic for nic in spec.get("nics") or () if nic.get("mode") != "absent"):
-        at = f"in {nic['network']}" if nic.get("mode") == "network" else where(nic)
-        if nic.get("mode") != "user" and not index and vm.get("address"):
-            at += f", {vm['address']}"
-        parts = (at, nic.get("model"), nic.get("mac"))
-        lines.append(("" if index else "Network", " · ".join(str(part) for part in parts if part)))
+        address = vm.get("address") if not index and nic.get("mode") != "user" else None
+        lines.append(("" if index else "Network", " · ".join(filter(None, described(nic | {"address": address})))))
+    if firewall := _firewall(spec.get("firewall") or {}):
+        lines.append(("Firewall", [firewall, (f"  inn firewall ls {vm['name']}", "dim")]))
     if spec.get("metadata"):
         lines.append(("Metadata", ["http://169.254.169.254", ("  answers this guest", "dim")]))
     for index, one in enumerate(forwards(vm)):
@@ -159,10 +183,17 @@ def _network(vm: dict[str, Any], spec: dict[str, Any], ssh: bool) -> list[tuple[
         lines.append(
             (
                 "" if index else "Ports",
-                [f"{address}:{one['host']}", (" → ", "dim"), f"{one['guest']}/{protocol}", (purpose, "dim")],
+                [endpoint(address, one["host"]), (" → ", "dim"), f"{one['guest']}/{protocol}", (purpose, "dim")],
             )
         )
     return lines
+
+
+def _firewall(firewall: dict[str, Any]) -> str:
+    denied = [way for way, name in (("in", "inbound"), ("out", "outbound")) if firewall.get(name) == "deny"]
+    count = len(firewall.get("rules") or ())
+    rules = f"{count} rule{'' if count == 1 else 's'}" if count else ""
+    return ", ".join(filter(None, (rules, f"else nothing {' or '.join(denied)}" if denied else "")))
 
 
 def _actions(vm: dict[str, Any]) -> list[tuple[str, Any]]:

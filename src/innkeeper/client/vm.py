@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 from innkeeper.client.errors import ApiError, DaemonUnreachable
+from innkeeper.client.firewall import Firewall
 from innkeeper.client.operation import Operation, Progress
 from innkeeper.client.snapshots import Snapshots
 from innkeeper.client.wishes import parse_publish
@@ -22,7 +23,7 @@ STDIN_INLINE = 1024 * 1024
 """Bytes of stdin that travel inside the exec request; more goes to a temporary file in the guest first."""
 
 
-EVERYWHERE = "0.0.0.0"
+EVERYWHERE = "::"
 """All IPv4 addresses of the host: where a port is published unless told otherwise."""
 
 
@@ -127,7 +128,7 @@ class VM:
         self, mapping: str, *, address: str = EVERYWHERE, nic: int | None = None, note: str = "", by: str = ""
     ) -> Operation:
         """Have a host port lead into the guest, `8080:80` or `5353:53/udp`, at once if it runs. `address` is the
-        host's that listens. Raises `InvalidInput`."""
+        host's that listens: all of IPv4 and IPv6 by default. Raises `InvalidInput`."""
         forward = {"address": address, "note": note} | parse_publish(mapping)
         return self._rewire({"do": "publish", "forward": forward, "nic": nic}, by)
 
@@ -143,6 +144,7 @@ class VM:
         model: str = "virtio",
         mac: str | None = None,
         address: str | None = None,
+        limit: str | int | None = None,
         macvtap: str | None = None,
         macvtap_mode: str | None = None,
         sriov: str | None = None,
@@ -150,13 +152,30 @@ class VM:
     ) -> Operation:
         """Plug in one more card, at once if it runs: into a network, onto an interface of the host (`macvtap`), as a
         virtual function of one (`sriov`), or with a NAT of its own: QEMU's (`mode` user) or that of passt. `address`:
-        in the network, IPv4."""
+        in the network, IPv4; `limit`: in a network, `100mbit` or bits per second."""
         backend = "passt" if mode == "passt" else "qemu"
         mode = "user" if mode == "passt" else mode
         mode = "network" if network else "macvtap" if macvtap else "sriov" if sriov else mode
         nic: dict[str, Any] = {"mode": mode, "network": network, "model": model, "mac": mac, "address": address}
+        nic["limit"] = limit
         nic |= {"parent": macvtap or sriov, "macvtap_mode": macvtap_mode, "vlan": vlan, "backend": backend}
         return self._rewire({"do": "add", "nic": nic})
+
+    def nic_set(
+        self,
+        index: int,
+        *,
+        network: str | None = None,
+        address: str | None = None,
+        limit: str | int | None = None,
+        link: str | None = None,
+        model: str | None = None,
+        mac: str | None = None,
+    ) -> Operation:
+        """Change a card, at once if it runs: its network (where it gets another address), its limit (`100mbit`, `none`
+        for no more), its link (`up`, `down`). Another model or MAC is for a stopped VM."""
+        wish = {"network": network, "address": address, "limit": limit, "link": link, "model": model, "mac": mac}
+        return self._rewire({"do": "set", "index": index, **wish})
 
     def nic_remove(self, index: int) -> Operation:
         """Take a card away, once the guest has let go of it."""
@@ -164,6 +183,11 @@ class VM:
 
     def _rewire(self, change: dict[str, Any], by: str = "") -> Operation:
         return self._innkeeper.operate("POST", self._path("/nics"), document={"change": change, "by": by})
+
+    @property
+    def firewall(self) -> Firewall:
+        """What its cards in networks let in and out, and its tags."""
+        return Firewall(self._innkeeper, self.name)
 
     @property
     def snapshots(self) -> Snapshots:

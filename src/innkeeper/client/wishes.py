@@ -12,13 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from innkeeper.base.errors import InvalidInput
-from innkeeper.base.units import parse_size
+from innkeeper.base.units import parse_rate, parse_size
 
-_PUBLISH = re.compile(r"(?:(?P<address>[^:]+):)?(?P<host>\d{1,5}):(?P<guest>\d{1,5})(?:/(?P<protocol>tcp|udp))?")
+_PUBLISH = re.compile(
+    r"(?:(?P<address>[^:\[\]]+|\[[^\[\]]+\]):)?(?P<host>\d{1,5}):(?P<guest>\d{1,5})(?:/(?P<protocol>tcp|udp))?"
+)
 
 
 def parse_publish(text: str) -> dict[str, Any]:
-    """`[ADDRESS:]HOST:GUEST[/udp]` → a port forward. Raises `InvalidInput`."""
+    """`[ADDRESS:]HOST:GUEST[/udp]` → a port forward; an IPv6 address is in brackets. Raises `InvalidInput`."""
     match = _PUBLISH.fullmatch(text.strip())
     if not match or not all(1 <= int(match[port]) <= 65535 for port in ("host", "guest")):
         raise InvalidInput(f"{text!r} is not a port to publish", hint="write [ADDRESS:]HOST:GUEST[/udp], like 8080:80")
@@ -26,8 +28,13 @@ def parse_publish(text: str) -> dict[str, Any]:
     if match["protocol"]:
         forward["protocol"] = match["protocol"]
     if match["address"]:
-        forward["address"] = match["address"]
+        forward["address"] = match["address"].strip("[]")
     return forward
+
+
+def endpoint(address: str, port: int) -> str:
+    """`127.0.0.1:80`, `[::]:80`."""
+    return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
 
 
 def vm_spec(
@@ -47,6 +54,7 @@ def vm_spec(
     sriov: str | None = None,
     vlan: int | None = None,
     address: str | None = None,
+    limit: str | int | None = None,
     user: str | None = None,
     ssh_keys: Iterable[str] = (),
     user_data: str | None = None,
@@ -54,6 +62,7 @@ def vm_spec(
     ignition: str | None = None,
     env: Mapping[str, str] | None = None,
     metadata: bool = False,
+    tags: Iterable[str] = (),
     note: str = "",
 ) -> dict[str, Any]:
     """A VM spec. Sizes are bytes or text like `2G`; `disk` is the first disk's size, or one size per disk.
@@ -79,6 +88,8 @@ def vm_spec(
     if nic == "passt":
         more |= {"mode": "user", "backend": "passt"}
     card |= {key: value for key, value in more.items() if value}
+    if limit:
+        card["limit"] = parse_rate(limit)
     if nic == "none" and forwards:
         raise InvalidInput("ports cannot be published without a network card's cable", hint="drop `nic=none`")
     wish: dict[str, Any] = {
@@ -92,6 +103,7 @@ def vm_spec(
         "nics": [card] if chosen or forwards else None,
         "first_boot": {key: value for key, value in first_boot.items() if value not in (None, [], {})} or None,
         "metadata": metadata or None,
+        "tags": list(tags) or None,
         "note": note or None,
     }
     if disk is not None:

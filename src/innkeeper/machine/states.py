@@ -22,6 +22,7 @@ ACTIONS = (
     "clone",
     "fork",
     "nics",
+    "firewall",
 )
 
 LIVE = frozenset({"starting", "running", "paused", "stopping"})
@@ -39,14 +40,14 @@ class Admission:
 
 ACCEPT = Admission("accept")
 
+_ALL_BUT_DELETE = " ".join(action for action in ACTIONS if action != "delete")
+
 # (states, actions) → answer; the first row that fits counts.
 _RULES: tuple[tuple[frozenset[str], frozenset[str], Admission], ...] = tuple(
     (frozenset(states.split()), frozenset(actions.split()), Admission(answer, reason, hint))  # type: ignore[arg-type]
     for states, actions, answer, reason, hint in (
-        ("creating", "start stop restart pause resume exec console screenshot snapshot restore clone fork nics",
-         "refuse", "it is still being made", "inn op ls shows how far it is"),
-        ("deleting", "start stop restart pause resume exec console screenshot snapshot restore clone fork nics",
-         "refuse", "it is being deleted", ""),
+        ("creating", _ALL_BUT_DELETE, "refuse", "it is still being made", "inn op ls shows how far it is"),
+        ("deleting", _ALL_BUT_DELETE, "refuse", "it is being deleted", ""),
         ("deleting", "delete", "accept", "", ""),
         ("running", "start", "nothing", "it is running already", ""),
         ("starting", "start", "nothing", "it is starting already", ""),

@@ -9,8 +9,9 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 from innkeeper.base.errors import NetworkFailed, NotFound, Unsupported
@@ -19,8 +20,11 @@ from innkeeper.network.listener import Answer, Listener
 from innkeeper.network.resolver import Resolver
 from innkeeper.network.traffic import Traffic
 from innkeeper.network.watch import Watch
-from innkeeper.plan import ruleset
+from innkeeper.plan import filter, ruleset
+from innkeeper.plan.filter import Attempt, reason, with_addresses
 from innkeeper.plan.network import Network, Nic, Subnet
+from innkeeper.plan.nft import Command
+from innkeeper.spec.nic import PortForward
 
 OWNER = "\0innkeeper-networks"
 """A name of the network namespace (unix(7)): whoever has it bound manages the networks there."""
@@ -33,6 +37,9 @@ class Fabric:
         self._folder, self._home = folder, home
         self._networks: dict[str, Network] = {}
         self._nics: dict[str, tuple[Nic, ...]] = {}
+        self._ruled: dict[str, tuple[Nic, ...]] = {}
+        self._tagged: dict[str, frozenset[str]] = {}
+        """What the firewall has: the same, their rules with addresses instead of VMs, and who has the tags in them."""
         self._resolvers: dict[str, Resolver] = {}
         self._lock = asyncio.Lock()
         self._owner: socket.socket | None = None
@@ -56,27 +63,33 @@ class Fabric:
             for stray in set(await links.bridges()) - names:
                 await links.remove_bridge(stray)
             await firewall.sweep()
+            self._ruled, self._tagged = {}, {}
+            self._judge(self._nics)
             await firewall.apply(self._rules())
-            await self._everything()
+            await self._everything(first=True)
 
     async def add(self, network: Network) -> None:
         """One more network. Raises `Unsupported`, `ToolMissing`, `NetworkFailed`; `remove` undoes what was done."""
         async with self._lock:
             self._own()
+            others = self._networks.keys() - {network.id}
             self._networks[network.id] = network
-            await firewall.apply(self._rules())
+            await self._apply(ruleset.network_added(network) if others else self._rules())
             await self._everything()
 
     async def remove(self, network: Network) -> None:
         """The network is gone from the host, and with the last one everything else of ours."""
         async with self._lock:
             self._own()
-            self._networks.pop(network.id, None)
+            known = self._networks.pop(network.id, None)
             if network.subnet:
                 await self._resolver(network).end()
                 self._resolvers.pop(network.id)
                 await self._listen(network)
-            await firewall.apply(self._rules() if self._networks else ruleset.clear())
+            if not self._networks:
+                await firewall.apply(ruleset.clear())
+            elif known:
+                await self._apply(ruleset.network_removed(network))
             if network.subnet:
                 await links.remove_bridge(network.bridge)
             elif not network.onto_bridge:
@@ -92,18 +105,18 @@ class Fabric:
             before = self._nics.get(vm, ())
             if before == nics:
                 return
-            commands = _difference(before, nics)
             self._nics[vm] = nics
             if not nics:
                 del self._nics[vm]
-            try:
-                if commands:
-                    await firewall.apply(commands)
-            except NetworkFailed:  # somebody has taken away what they build upon
-                await firewall.apply(self._rules())
-            for network in {nic.network for nic in (*before, *nics) if nic.address} & self._networks.keys():
-                await self._resolver(self._networks[network]).ensure(self._of(network))
-                await self._listen(self._networks[network])
+            await self._apply(self._judge([vm]))
+            was = {nic.tap: nic for nic in before}
+            await self._wire(
+                [nic for nic in nics if nic.tap in was and _wiring(was[nic.tap]) != _wiring(nic)], limits=True
+            )
+            for network in {told.network for told in _told(before) ^ _told(nics)}:
+                if known := self._networks.get(network):
+                    await self._resolver(known).ensure(self._of(network))
+                    await self._listen(known)
             await _end_connections(before, nics)
 
     async def open_taps(self, vm: str, names: Iterable[str]) -> list[int]:
@@ -116,7 +129,7 @@ class Fabric:
                     if name not in nics:
                         raise NotFound(f"{name} is in no network", hint="inn info shows the VM's NICs")
                     opened.append(links.open_tap(name))
-                await links.ensure_attached({name: self._networks[nics[name].network].bridge for name in names})
+                await self._wire([nics[name] for name in names])
             except BaseException:
                 for fd in opened:
                     os.close(fd)
@@ -156,6 +169,28 @@ class Fabric:
         """Packets that each tap had no right to send, since the rules were made."""
         return await firewall.dropped()
 
+    async def judged(self, vm: str) -> dict[str, tuple[int, int]]:
+        """(packets, bytes) that each rule of a VM and each default has judged, over its cards, since they were made."""
+        found: dict[str, tuple[int, int]] = {}
+        for nic in self._nics.get(vm, ()):
+            for rule, (packets, octets) in (await firewall.counted(nic.tap) if nic.filter else {}).items():
+                before = found.get(rule, (0, 0))
+                found[rule] = before[0] + packets, before[1] + octets
+        return found
+
+    async def denied(self, vm: str) -> list[tuple[Nic, Attempt, int | None, str | None]]:
+        """What a VM's rules have kept in or out within a day, the latest first: the card, what it was, the rule that is
+        why, None for the default, and the name of the peer, where that is a guest or the host."""
+        names = {address: nic.name for nic in self._all_nics() for address in nic.addresses}
+        names |= {str(own): "host" for each in self._networks.values() for own in (each.gateway, each.gateway6) if own}
+        found = []
+        attempts = await firewall.attempts()
+        for nic in self._ruled.get(vm, ()):
+            for attempt in attempts.get(nic.tap, ()):
+                why = reason(nic.filter, self._tagged, attempt) if nic.filter else None
+                found.append((nic, attempt, why, names.get(attempt.peer)))
+        return sorted(found, key=lambda each: each[1].seconds)
+
     async def count(self) -> None:
         """Look at the counters of published ports, so that `traffic` knows."""
         if self._networks:
@@ -170,8 +205,8 @@ class Fabric:
 
     # --- the parts ---
 
-    async def _everything(self) -> list[str]:
-        """All but the rules is there; sentences about what was not."""
+    async def _everything(self, *, first: bool = False) -> list[str]:
+        """All but the rules is there; sentences about what was not. `first`: limits that nobody wants any more go."""
         found = []
         for network in self._networks.values():
             if network.onto_bridge:
@@ -179,9 +214,11 @@ class Fabric:
             ensured = links.ensure_bridge(network) if network.subnet else uplink.ensure(network, self._moved(network))
             if await ensured:
                 found += [f"bridge {network.bridge} of network {network.name} had been removed or changed: restored"]
-        taps = {nic.tap: self._networks[nic.network].bridge for cards in self._nics.values() for nic in cards}
-        if taps and (lost := await links.ensure_attached(taps)):
-            found.append(f"{len(lost)} NICs had lost their bridge: plugged in again")
+        lost, unlimited = await self._wire([nic for cards in self._nics.values() for nic in cards], limits=first)
+        if lost:
+            found.append(f"{lost} NICs had lost their bridge: plugged in again")
+        if unlimited:
+            found.append(f"{unlimited} NICs had lost their limit: limited again")
         for network in self._networks.values():
             if network.subnet and await self._resolver(network).ensure(self._of(network.id)):
                 found += [f"the dnsmasq of network {network.name} had ended: started again"]
@@ -194,6 +231,16 @@ class Fabric:
                 found.append(f"the metadata service of network {network.name} was away: listens again")
         return found
 
+    async def _wire(self, nics: Collection[Nic], *, limits: bool = False) -> tuple[int, int]:
+        """Their taps, as far as they are there, are plugged into their bridges, with their limits; `limits`: also those
+        that have none any more. How many were not; how many had another limit."""
+        if not nics:
+            return 0, 0
+        lost = await links.ensure_attached({nic.tap: self._networks[nic.network].bridge for nic in nics})
+        if not limits and not any(nic.limit for nic in nics):
+            return len(lost), 0
+        return len(lost), len(await links.ensure_limits({nic.tap: nic.limit for nic in nics}))
+
     async def _listen(self, network: Network) -> bool:
         """The metadata service hears those guests that want it. True where it did not. Raises `NetworkFailed`."""
         if self.metadata and any(nic.metadata for nic in self._of(network.id)):
@@ -204,11 +251,45 @@ class Fabric:
             listener.end()
         return False
 
-    def _rules(self) -> list[ruleset.Command]:
-        return ruleset.everything(self._networks.values(), [nic for cards in self._nics.values() for nic in cards])
+    async def _apply(self, commands: list[Command]) -> None:
+        """A change of the firewall; all of it anew where somebody has taken away what that builds upon."""
+        if not commands:
+            return
+        try:
+            await firewall.apply(commands)
+        except NetworkFailed:
+            await firewall.apply(self._rules())
+
+    def _rules(self) -> list[Command]:
+        return ruleset.everything(self._networks.values(), [nic for cards in self._ruled.values() for nic in cards])
+
+    def _judge(self, vms: Collection[str]) -> list[Command]:
+        """From what the firewall has of these VMs to what it should have; and of those whose rules name one of them,
+        where its addresses are other ones."""
+        cards = [nic for vm in vms for nic in (*self._ruled.get(vm, ()), *self._nics.get(vm, ()))]
+        moved = {f"vm:{nic.name}" for nic in cards}
+        touched = {vm for vm, nics in self._nics.items() if any(nic.filter and nic.filter.vms & moved for nic in nics)}
+        judged = [nic.filter for vm in touched.union(vms) for nic in self._nics.get(vm, ()) if nic.filter]
+        wanted = frozenset[str]().union(*(each.vms for each in judged))
+        who: dict[str, frozenset[str]] = {}
+        for nic in self._all_nics():
+            if (name := f"vm:{nic.name}") in wanted:
+                who[name] = who.get(name, frozenset()) | frozenset(nic.addresses)
+        tagged, self._tagged = self._tagged, filter.tagged(self._all_nics())
+        first, last = filter.tags_changed(tagged, self._tagged)
+        for vm in touched.union(vms):
+            before, now = self._ruled.get(vm, ()), tuple(with_addresses(nic, who) for nic in self._nics.get(vm, ()))
+            first += _difference(before, now) if before != now else []
+            self._ruled[vm] = now
+            if not now:
+                del self._ruled[vm]
+        return [*first, *last]
+
+    def _all_nics(self) -> list[Nic]:
+        return [nic for cards in self._nics.values() for nic in cards]
 
     def _of(self, network: str) -> list[Nic]:
-        return [nic for cards in self._nics.values() for nic in cards if nic.network == network]
+        return [nic for nic in self._all_nics() if nic.network == network]
 
     def _resolver(self, network: Network) -> Resolver:
         if network.id not in self._resolvers:
@@ -254,26 +335,42 @@ class Fabric:
             self.watch.end()
 
 
-def _difference(before: tuple[Nic, ...], after: tuple[Nic, ...]) -> list[ruleset.Command]:
+def _difference(before: tuple[Nic, ...], after: tuple[Nic, ...]) -> list[Command]:
     """From the rules of these NICs to the rules of those."""
     old, new = {nic.tap: nic for nic in before}, {nic.tap: nic for nic in after}
-    commands: list[ruleset.Command] = []
+    commands: list[Command] = []
     for tap in old.keys() - new.keys():
         commands += ruleset.nic_removed(old[tap])
     for tap, nic in new.items():
         if tap not in old:
             commands += ruleset.nic_added(nic)
         elif old[tap] != nic:
-            commands += [
-                *ruleset.publish_changed(old[tap], nic), *ruleset.metadata_removed(old[tap]), *ruleset.nic_added(nic),
-            ]  # fmt: skip
+            commands += ruleset.nic_changed(old[tap], nic)
     return commands
+
+
+def _wiring(nic: Nic) -> tuple[str, int | None]:
+    return nic.network, nic.limit
+
+
+def _told(nics: tuple[Nic, ...]) -> set[Nic]:
+    """What DHCP, DNS and the metadata service know of these NICs."""
+    return {replace(nic, publish=(), tags=(), filter=None, limit=None) for nic in nics if nic.address}
 
 
 async def _end_connections(before: tuple[Nic, ...], after: tuple[Nic, ...]) -> None:
     """Of ports that are published no more, or elsewhere."""
-    now = {(nic.address, forward) for nic in after if nic.address for forward in nic.publish}
-    gone = {(nic.address, forward) for nic in before if nic.address for forward in nic.publish} - now
-    for address, forward in gone:
+    for address, forward in _led_in(before) - _led_in(after):
         with suppress(NetworkFailed):
             await firewall.end_connections(forward.protocol, forward.host, address)
+
+
+def _led_in(nics: Iterable[Nic]) -> set[tuple[str, PortForward]]:
+    """(guest's address, what leads there)."""
+    return {
+        (address, forward)
+        for nic in nics
+        for version, address in ((4, nic.address), (6, nic.address6))
+        for forward in nic.publish
+        if address and version in forward.families
+    }

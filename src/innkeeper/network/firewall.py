@@ -12,8 +12,11 @@ from contextlib import asynccontextmanager
 from innkeeper.base.child import start_child
 from innkeeper.base.errors import NetworkFailed, ToolMissing
 from innkeeper.host.gather import find_tool
+from innkeeper.plan import filter, sender
+from innkeeper.plan.filter import BOTH, DENIALS
 from innkeeper.plan.network import MACVTAP
-from innkeeper.plan.ruleset import TABLES, Command, counts, objects
+from innkeeper.plan.nft import NAME, Command
+from innkeeper.plan.ruleset import TABLES, counts, objects
 
 CHECK = "innkeeper-check-"
 """What the names of tables begin with that are there for one `inn network check`."""
@@ -46,16 +49,34 @@ async def tables(family: str, prefix: str) -> set[str]:
     return {name for name in found if name.startswith(prefix)}
 
 
-async def counted(table: tuple[str, str], name: str) -> int:
+async def packets(table: tuple[str, str], name: str) -> int:
     """Packets of one named counter; 0 where it is not there."""
     found = [command["counter"] for command in await _listed([table]) if "counter" in command]
     return next((int(counter["packets"]) for counter in found if counter["name"] == name), 0)
 
 
 async def dropped() -> dict[str, int]:
-    """Packets of each NIC, by its tap, that it had no right to send."""
-    found = [command["counter"] for command in await _listed() if "counter" in command]
-    return {counter["name"]: int(counter["packets"]) for counter in found}
+    """Packets of each NIC, by its tap, that it had no right to send, within a day."""
+    return sender.refused(await _list("set", sender.REFUSED))
+
+
+async def counted(tap: str) -> dict[str, tuple[int, int]]:
+    """(packets, bytes) that each of a card's rules has judged since they were made, by its comment (plan/filter.py)."""
+    found: list[Command] = []
+    for direction in BOTH:
+        found += await _list("chain", f"{tap}-{direction}")
+    return filter.counted(found)
+
+
+async def attempts() -> dict[str, list[filter.Attempt]]:
+    """What rules have denied, by tap, the latest first."""
+    return filter.attempts([command for name in DENIALS for command in await _list("set", name)])
+
+
+async def _list(kind: str, name: str) -> list[Command]:
+    status, text, _ = await _run("nft", "-j", "list", kind, "bridge", NAME, name)
+    found: list[Command] = json.loads(text)["nftables"] if status == 0 else []
+    return found
 
 
 async def connections(protocol: str, source: str, target: str, port: int) -> list[str]:
@@ -74,7 +95,8 @@ async def published() -> dict[tuple[str, str, int], tuple[int, int]]:
 async def end_connections(protocol: str, port: int, address: str) -> None:
     """Forget the connections that came for a published port to `address`: their next packets lead nowhere."""
     # conntrack ends with 1 where there was none
-    await _run("conntrack", "-D", "-p", protocol, "--orig-port-dst", str(port), "--reply-src", address)
+    family = "ipv6" if ":" in address else "ipv4"
+    await _run("conntrack", "-D", "-f", family, "-p", protocol, "--orig-port-dst", str(port), "--reply-src", address)
 
 
 @asynccontextmanager

@@ -15,6 +15,7 @@ from typing import Any
 from innkeeper.base.errors import NetworkFailed
 from innkeeper.plan.network import BRIDGE, Network, Subnet
 from innkeeper.plan.path import Way
+from innkeeper.plan.sender import SMALLEST_BURST
 from innkeeper.plan.survey import Link, Route
 
 TUNSETIFF, IFF_TAP, IFF_NO_PI, IFF_VNET_HDR = 0x400454CA, 0x2, 0x1000, 0x4000
@@ -24,6 +25,9 @@ NODAD, UP, MAIN, UNICAST, PERMANENT = 0x2, 0x1, 254, 1, 0x80
 (linux/neighbour.h)."""
 LOCAL, UNREACHED = 2, 0x01 | 0x20
 """linux/rtnetlink.h: an address of this host; linux/neighbour.h: NUD_INCOMPLETE, NUD_FAILED."""
+ROOT = 0xFFFFFFFF
+"""linux/pkt_sched.h: what a device's own queue stands below."""
+LATENCY = "100ms"
 DEVICES = Path("/sys/class/net")
 
 
@@ -90,6 +94,43 @@ async def ensure_attached(taps: Mapping[str, str]) -> list[str]:
             await netlink.link("set", index=link["index"], master=master["index"], state="up")
             changed.append(tap)
     return changed
+
+
+async def ensure_limits(limits: Mapping[str, int | None]) -> list[str]:
+    """Each tap that is there, by name, hands its guest at most so many bits per second; None: whatever comes. What is
+    too much waits in a queue, up to `LATENCY`. Returns those for which that was not so."""
+    from pyroute2.netlink.exceptions import NetlinkError
+
+    changed = []
+    async with open_netlink() as netlink:
+        indices = {link["index"]: link.get("ifname") async for link in await netlink.get_links()}
+        there = {}
+        async for qdisc in await netlink.get_qdiscs():
+            if qdisc.get("kind") == "tbf" and qdisc["parent"] == ROOT:
+                there[qdisc["index"]] = qdisc.get(("options", "TCA_TBF_PARMS"))["rate"] * 8
+        for index, tap in indices.items():
+            if tap not in limits or there.get(index) == (limit := _whole_bytes(limits[tap])):
+                continue
+            if limit is None:
+                await netlink.tc("del", index=index, parent=ROOT)
+            else:
+                # what comes for a guest does so in pieces of up to 64 KiB
+                burst = max(limit // 8 // 100, SMALLEST_BURST)
+                try:
+                    await netlink.tc("replace", "tbf", index, "1:", rate=limit // 8, burst=burst, latency=LATENCY)
+                except NetlinkError as error:
+                    if error.code != errno.ENOENT:
+                        raise
+                    raise NetworkFailed(
+                        "this kernel cannot limit a card: it has no token bucket filter (sch_tbf)",
+                        hint="leave the limit out, or load that module",
+                    ) from None
+            changed.append(str(tap))
+    return changed
+
+
+def _whole_bytes(limit: int | None) -> int | None:
+    return limit and limit // 8 * 8
 
 
 async def remove_bridge(name: str) -> None:

@@ -131,7 +131,7 @@ def any_there(records: Path) -> bool:
 
 async def dropped(vm: str, records: Path) -> dict[str, int]:
     """Packets of each macvtap of a VM that its guest had no right to send."""
-    return {name: await firewall.counted(("netdev", name), rules.DROPPED) for name in _recorded(records, vm)}
+    return {name: await firewall.packets(("netdev", name), rules.DROPPED) for name in _recorded(records, vm)}
 
 
 # --- the parts ---

@@ -6,6 +6,7 @@ import errno
 import ipaddress
 import socket
 from collections.abc import Collection
+from pathlib import Path
 from typing import Literal
 
 import psutil
@@ -13,6 +14,7 @@ import psutil
 from innkeeper.base.errors import InvalidInput, PortTaken
 
 Protocol = Literal["tcp", "udp"]
+HAS_IPV6 = Path("/proc/net/if_inet6")
 
 
 def who_listens(port: int, proto: Protocol = "tcp", address: str = "0.0.0.0") -> str | None:
@@ -37,13 +39,18 @@ def who_listens(port: int, proto: Protocol = "tcp", address: str = "0.0.0.0") ->
 
 
 def is_free(port: int, proto: Protocol = "tcp", address: str = "0.0.0.0") -> bool:
-    """Whether `address:port` can be bound (and listened on) now."""
+    """Whether `address:port` can be bound (and listened on) now. `::` is IPv4, too. Raises `InvalidInput` where it is
+    no address of this host."""
     family = socket.AF_INET6 if _address(address).version == 6 else socket.AF_INET
+    if address == "::" and not HAS_IPV6.exists():
+        family, address = socket.AF_INET, "0.0.0.0"
     kind = socket.SOCK_STREAM if proto == "tcp" else socket.SOCK_DGRAM
     with socket.socket(family, kind) as trial:
         if proto == "tcp":
             # as servers do: connections that linger in TIME_WAIT are no obstacle
             trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if address == "::":
+            trial.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         try:
             trial.bind((address, port))
             if proto == "tcp":
@@ -51,6 +58,11 @@ def is_free(port: int, proto: Protocol = "tcp", address: str = "0.0.0.0") -> boo
         except OSError as error:
             if error.errno in (errno.EADDRINUSE, errno.EACCES):
                 return False
+            if error.errno == errno.EADDRNOTAVAIL:
+                raise InvalidInput(
+                    f"{address} is no address of this host",
+                    hint="`ip addr` shows those that it has; :: is all of them", field="address",
+                ) from None  # fmt: skip
             raise
     return True
 

@@ -7,6 +7,7 @@ have more. It is found again by two marks in its environment.
 from __future__ import annotations
 
 import asyncio
+import io
 import os
 import pwd
 import select
@@ -16,9 +17,10 @@ import subprocess
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
+from time import monotonic
 
 from innkeeper.base.errors import NetworkFailed, ToolMissing
-from innkeeper.base.nofollow import open_file
+from innkeeper.base.nofollow import open_file, write_file
 from innkeeper.host.gather import find_tool
 from innkeeper.plan import resolver
 from innkeeper.plan.network import Network, Nic
@@ -28,8 +30,10 @@ LOG = "dnsmasq.log"
 CAPABILITIES = "-all,+net_admin,+net_raw,+net_bind_service,+setuid,+setgid,+chown,+dac_override"
 MOST_LEASES = 16 << 20
 """Bytes."""
-BEGINNING = 0.1
-"""Seconds in which a dnsmasq that cannot do its work has ended."""
+STARTED = b"started, version"
+"""What it logs once it listens everywhere."""
+BEGINNING, POLL = 10.0, 0.002
+"""Seconds until it has to; between two looks."""
 ENDING = 5.0
 
 
@@ -56,8 +60,13 @@ class Resolver:
         }
         changed = [name for name, text in files.items() if self._write(name, text)]
         if self.runs():
-            if changed:
-                self._signal(signal.SIGHUP)
+            if not (outdated := self._outdated(nics)):
+                if changed:
+                    self._signal(signal.SIGHUP)
+                return False
+            await self._kill()
+            self._forget(outdated, user)
+            await self._start()
             return False
         await self._start()
         return True
@@ -68,12 +77,15 @@ class Resolver:
 
     async def end(self) -> None:
         """Kill it, and take its folder away."""
+        await self._kill()
+        if self._folder.exists():
+            shutil.rmtree(self._folder)
+
+    async def _kill(self) -> None:
         while self.runs():
             self._signal(signal.SIGKILL)
             assert self._pidfd is not None
             await asyncio.to_thread(select.select, [self._pidfd], [], [], ENDING)
-        if self._folder.exists():
-            shutil.rmtree(self._folder)
 
     def leases(self) -> dict[str, str]:
         """MAC → address of what it has given out, read anew when the file has changed."""
@@ -86,6 +98,20 @@ class Resolver:
         except FileNotFoundError:
             return {}
         return self._leases[1]
+
+    def _outdated(self, nics: Iterable[Nic]) -> set[str]:
+        """Addresses that it has given to a card that has them no more: it would not give them to the one that has them
+        now for as long as that lease lasts."""
+        now = {nic.address: nic.mac for nic in nics}
+        return {address for mac, address in self.leases().items() if now.get(address, mac) != mac}
+
+    def _forget(self, addresses: set[str], user: pwd.struct_passwd) -> None:
+        """The leases of these; it keeps them in mind as long as it runs."""
+        path = self._folder / resolver.LEASES
+        with open_file(path, MOST_LEASES) as file:
+            lines = file.read().decode(errors="replace").splitlines(keepends=True)
+        kept = "".join(line for line in lines if addresses.isdisjoint(line.split()[2:3]))
+        write_file(path, io.BytesIO(kept.encode()), user.pw_uid)
 
     def _write(self, name: str, text: str) -> bool:
         path = self._folder / name
@@ -116,10 +142,18 @@ class Resolver:
             )  # fmt: skip
         child.returncode = 0  # from here it is held by its pidfd
         self._pidfd = os.pidfd_open(child.pid)
-        await asyncio.sleep(BEGINNING)
-        if not self._alive():
+        if not await self._serves():
             words = (self._folder / LOG).read_text(errors="replace").strip()[-1000:]
-            raise NetworkFailed(f"the dnsmasq of network {self._network.name} ended at once: {words}")
+            raise NetworkFailed(f"the dnsmasq of network {self._network.name} does not serve: {words}")
+
+    async def _serves(self) -> bool:
+        """Wait until it does; whether it has come to that."""
+        deadline = monotonic() + BEGINNING
+        while self._alive() and monotonic() < deadline:
+            if STARTED in (self._folder / LOG).read_bytes():
+                return True
+            await asyncio.sleep(POLL)
+        return False
 
     def _alive(self) -> bool:
         if self._pidfd is None:

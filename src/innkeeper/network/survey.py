@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
+from innkeeper.base.errors import InvalidInput
 from innkeeper.network import firewall, links
 from innkeeper.network.forwarding import SYSCTLS
 from innkeeper.network.ports import is_free, who_listens
@@ -56,9 +58,10 @@ def _sysctls() -> dict[str, str]:
 def _holders(nics: Iterable[Nic]) -> dict[tuple[str, int], str]:
     found: dict[tuple[str, int], str] = {}
     for forward in (forward for nic in nics for forward in nic.publish):
-        if not is_free(forward.host, forward.protocol, forward.address):
-            holder = who_listens(forward.host, forward.protocol, forward.address)
-            found[forward.protocol, forward.host] = holder or "another program"
+        with suppress(InvalidInput):  # an address that the host has no more
+            if not is_free(forward.host, forward.protocol, forward.address):
+                holder = who_listens(forward.host, forward.protocol, forward.address)
+                found[forward.protocol, forward.host] = holder or "another program"
     return found
 
 

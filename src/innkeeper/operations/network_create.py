@@ -9,6 +9,7 @@ from innkeeper.base.errors import Conflict, InvalidInput, NameTaken, NotFound, T
 from innkeeper.base.ids import new_id
 from innkeeper.network.uplink import check_parent
 from innkeeper.operations.engine import Context, Step, Verb
+from innkeeper.operations.networks import follow_rules_about
 from innkeeper.operations.world import World
 from innkeeper.plan.network import Subnet, check_subnet, free_subnet, network_of, network_record
 from innkeeper.spec.network import NetworkSpec
@@ -113,6 +114,7 @@ async def settle(ctx: Context) -> None:
     """VMs may join it from now on."""
     network = await update(ctx.world.store, f"network/{ctx.data['network']}", lambda value: value | {"state": "active"})
     ctx.result["network"] = network["name"]
+    await follow_rules_about(ctx.world, network["name"])
     if not ctx.data.get("told"):
         ctx.data["told"] = True
         target = {"kind": "network", "id": network["id"], "name": network["name"]}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from innkeeper.base.errors import InUse
 from innkeeper.operations.engine import Context, Step, Verb
 from innkeeper.operations.network_create import forget
-from innkeeper.operations.networks import cards
+from innkeeper.operations.networks import cards, follow_rules_about
 from innkeeper.operations.world import World
 from innkeeper.plan.network import network_of
 from innkeeper.store.contract import Value, update
@@ -47,6 +47,7 @@ async def forget_it(ctx: Context) -> None:
     """Give back its name and its subnet."""
     if await ctx.world.store.get(f"network/{ctx.target['id']}"):
         await forget(ctx.world, ctx.target["id"])
+        await follow_rules_about(ctx.world, ctx.target["name"])
         text = f"network {ctx.target['name']} was deleted"
         await ctx.world.events.append("network.deleted", text, target=dict(ctx.target))
 

@@ -158,6 +158,14 @@ async def follow(world: World, vm_id: str) -> None:
     await world.fabric.set_vm(vm_id, await nics(world, document.value) if document else ())
 
 
+async def follow_rules_about(world: World, network: str) -> None:
+    """Have the host know where a network is, or that it is gone, for the VMs whose rules name it."""
+    for vm in await world.vms():
+        rules = (vm["spec"].get("firewall") or {}).get("rules") or ()
+        if any(rule["peer"] == f"network:{network}" for rule in rules):
+            await follow(world, vm["id"])
+
+
 @asynccontextmanager
 async def plugged_in(world: World, vm: Value, taps: Sequence[Tap]) -> AsyncIterator[list[int]]:
     """Descriptors of the taps of a VM that is about to start, with its rules in force before its first packet."""

@@ -117,13 +117,21 @@ async def claim_ports(
     one. What the owner has already is among them. Raises `PortTaken`."""
     store = ctx.world.store
     claims: dict[str, Value] = {}
-    for network in {nic.network for nic in spec.nics if nic.network and nic.publish}:
-        mode = (await ctx.world.find("network", network))["mode"]
+    for nic in (nic for nic in spec.nics if nic.network and nic.publish):
+        document = await ctx.world.find("network", str(nic.network))
+        network, mode = document["name"], document["mode"]
         if mode != "nat":
             raise ActionRefused(
                 f"network {network} is {mode}: no port leads into it from outside",
-                hint="publish on a card in a network of mode nat" + (", or use the guest's own address on this host"
-                if mode == "host-only" else ""),
+                hint="publish on a card in a network of mode nat (inn unpublish takes a port away)"
+                + (", or use the guest's own address on this host" if mode == "host-only" else ""),
+            )  # fmt: skip
+        if beyond := [
+            forward.address for forward in nic.publish if forward.families == (6,) and not document["prefix"]
+        ]:
+            raise InvalidInput(
+                f"network {network} has no IPv6, so nothing that comes to {beyond[0]} can lead into it",
+                hint="bind an IPv4 address, or 0.0.0.0 for all of them", field="address",
             )  # fmt: skip
     for forward in (forward for nic in spec.nics for forward in nic.publish):
         key = f"port/{forward.protocol}/{forward.host}"

@@ -6,6 +6,7 @@ Undoing is the same with the old documents.
 
 from __future__ import annotations
 
+import asyncio
 import os
 from contextlib import suppress
 from typing import Any
@@ -23,16 +24,19 @@ from innkeeper.operations.vm_update import rewrite, unwrite
 from innkeeper.operations.world import World
 from innkeeper.plan.devices import card, lockable, of_qemu, taps, user_forwards, user_netdev
 from innkeeper.plan.identity import Identity
-from innkeeper.plan.wiring import changed
+from innkeeper.plan.wiring import changed, check_live, replugged
 from innkeeper.qemu import cards
 from innkeeper.qemu.process import let_lock
 from innkeeper.spec.vm import VMSpec
-from innkeeper.spec.wiring import AddNic, Change, RemoveNic
+from innkeeper.spec.wiring import AddNic, Change, RemoveNic, SetNic
 from innkeeper.store.contract import Value, update
 
 CHANGE: TypeAdapter[Change] = TypeAdapter(Change)
 LET_GO, LET_GO_AGAIN = 30.0, 2.0
 """Seconds that the guest has to let go of a card; where adding it is undone."""
+UNPLUGGED = 1.0
+"""Seconds for which a guest sees the cable out of a card that comes into another network: it takes no notice of what
+is over before it has looked."""
 
 
 def _check_passt(vm: Value, spec: VMSpec) -> None:
@@ -54,14 +58,19 @@ def check(vm: Value, change: Change) -> None:
         )
     if vm["state"] == "paused" and isinstance(change, RemoveNic):
         raise ActionRefused(f"{vm['name']} is paused, so its guest lets go of nothing", hint=f"inn resume {vm['name']}")
-    spec, _ = changed(VMSpec.model_validate(vm["spec"]), Identity.model_validate(vm["identity"]), change)
-    _check_passt(vm, spec)
+    spec, identity = VMSpec.model_validate(vm["spec"]), Identity.model_validate(vm["identity"])
+    new, _ = changed(spec, identity, change)
+    _check_passt(vm, new)
+    if vm["state"] in LIVE and isinstance(change, SetNic):
+        check_live(spec, identity, change)
 
 
 async def write(ctx: Context) -> None:
     """The documents, with what they claim."""
     vm = await ctx.world.find("vm", ctx.target["id"])
     old, change = ctx.data.get("old", vm), CHANGE.validate_python(ctx.args["change"])
+    if "old" not in ctx.data:
+        check(vm, change)  # it may have been started meanwhile
     spec, identity = changed(VMSpec.model_validate(old["spec"]), Identity.model_validate(old["identity"]), change)
     await rewrite(ctx, spec, {"cards": identity.cards}, pending=old["pending"])
     if isinstance(change, AddNic) and (said := await host_cards.remarks([change.nic])):
@@ -70,7 +79,7 @@ async def write(ctx: Context) -> None:
 
 async def bring(ctx: Context) -> None:
     """The host and the running QEMU have what the documents say."""
-    await _bring(ctx.world, ctx.target["id"], LET_GO)
+    await _bring(ctx, LET_GO)
 
 
 async def take_back(ctx: Context) -> None:
@@ -78,12 +87,13 @@ async def take_back(ctx: Context) -> None:
     await unwrite(ctx)
     try:
         with suppress(QemuGone):
-            await _bring(ctx.world, ctx.target["id"], LET_GO_AGAIN)
+            await _bring(ctx, LET_GO_AGAIN)
     except UnplugRefused:
         await update(ctx.world.store, f"vm/{ctx.target['id']}", lambda vm: vm | {"pending": True})
 
 
-async def _bring(world: World, vm_id: str, seconds: float) -> None:
+async def _bring(ctx: Context, seconds: float) -> None:
+    world, vm_id = ctx.world, ctx.target["id"]
     vm = await world.find("vm", vm_id)
     machine = world.machines.get(vm_id)
     if machine is None or vm["state"] not in ("running", "paused"):
@@ -97,12 +107,28 @@ async def _bring(world: World, vm_id: str, seconds: float) -> None:
     kept = [tap.name for tap in taps(spec, identity) if tap.index in there]
     await macvtap.leave_only(vm_id, kept, world.home.networks)
     await sriov.leave_only(vm_id, there & wanted, world.home.networks)
+    if again := await _replugged(ctx):
+        for index in again:
+            await cards.set_link(machine.monitor, index, up=False)
+        await asyncio.sleep(UNPLUGGED)
     await follow(world, vm_id)  # its rules are in force before its first packet
     for index in sorted(wanted - there):
         await _plug(world, machine, spec, identity, index)
     for index, nic in enumerate(spec.nics):
         if of_qemu(nic):
             await cards.forward(machine.monitor, f"net{index}", user_forwards(index, nic, identity))
+        if nic.mode in ("user", "network"):
+            await cards.set_link(machine.monitor, index, up=nic.link == "up")
+
+
+async def _replugged(ctx: Context) -> list[int]:
+    """Cards for which what the VM has been told before is different, whichever way it is brought."""
+    if "old" not in ctx.data:
+        return []
+    change = CHANGE.validate_python(ctx.args["change"])
+    old = VMSpec.model_validate(ctx.data["old"]["spec"])
+    new, _ = changed(old, Identity.model_validate(ctx.data["old"]["identity"]), change)
+    return replugged(old, new)
 
 
 async def _plug(world: World, machine: Machine, spec: VMSpec, identity: Identity, index: int) -> None:

@@ -25,6 +25,7 @@ from innkeeper.plan.command import Files, command
 from innkeeper.plan.identity import Identity, on_accelerator
 from innkeeper.plan.options import Plan
 from innkeeper.plan.rebirth import forms, state_with
+from innkeeper.qemu import cards
 from innkeeper.qemu.ram import overwrite
 from innkeeper.spec.image import Image
 from innkeeper.spec.vm import VMSpec
@@ -136,19 +137,26 @@ async def _start(ctx: Context, vm: Value) -> None:
 
 
 async def _spawn(ctx: Context, vm: Value, planned: Plan, taps: Sequence[int]) -> None:
+    machine = await _begin(ctx, vm, planned, taps)
+    for index, nic in enumerate(vm["spec"]["nics"]):
+        if nic.get("link") == "down":
+            await cards.set_link(machine.monitor, index, up=False)
+
+
+async def _begin(ctx: Context, vm: Value, planned: Plan, taps: Sequence[int]) -> Machine:
     world = ctx.world
     if vm["going_on"]:
-        await _go_on(world, vm, planned, taps)
-        return
+        return await _go_on(world, vm, planned, taps)
     machine = await world.machines.start(vm, planned, taps=taps)
     if saved := ctx.data.get("memory"):
         with open_file(memory_path(world, vm["id"], saved["snapshot"]), MOST_MEMORY) as file:
             await machine.load_memory(
                 file.fileno(), saved["parts"], lambda fraction: ctx.report(fraction, "loading memory")
             )
+    return machine
 
 
-async def _go_on(world: World, vm: Value, planned: Plan, taps: Sequence[int]) -> None:
+async def _go_on(world: World, vm: Value, planned: Plan, taps: Sequence[int]) -> Machine:
     found = await captured(world, vm["going_on"])
     try:
         ram = await world.ram.get(found.id, found.ram)
@@ -163,7 +171,7 @@ async def _go_on(world: World, vm: Value, planned: Plan, taps: Sequence[int]) ->
         if found.parts:
             await machine.load_screen(ram, found.parts)
 
-    await world.machines.start(vm, planned, ram, load, taps)
+    return await world.machines.start(vm, planned, ram, load, taps)
 
 
 async def kill(ctx: Context) -> None:

@@ -16,6 +16,8 @@ from innkeeper.store.contract import Value
 CLAIMS = ("port/", "address/")
 PARENT = ("parent", "macvtap_mode", "vlan")
 """Fields of a card on an interface of the host."""
+AT_ONCE = ("firewall", "tags", "note")
+"""Fields of a spec that no QEMU has anything to do with."""
 
 
 async def write(ctx: Context) -> None:
@@ -31,12 +33,21 @@ async def write(ctx: Context) -> None:
     cards = vm["identity"].get("cards")
     if cards is not None and len(spec.nics) > cards + SPARES:
         cards = None
-    await rewrite(ctx, spec, {"cards": cards}, pending=vm["state"] in LIVE)
+    waits = vm["state"] in LIVE and (vm["pending"] or _of_qemu(public_spec(spec)) != _of_qemu(old))
+    await rewrite(ctx, spec, {"cards": cards}, pending=waits)
     await follow(ctx.world, vm["id"])
 
 
+def _of_qemu(spec: Value) -> Value:
+    """What a running QEMU keeps until the next start."""
+    return {field: value for field, value in spec.items() if field not in AT_ONCE}
+
+
 def _networks(spec: Value) -> list[tuple[str | None, ...]]:
-    return [tuple(nic.get(key) for key in ("network", "address", *PARENT)) for nic in spec["nics"]]
+    return [
+        (nic.get("network") and nic.get("mac"), *(nic.get(key) for key in ("network", "address", *PARENT)))
+        for nic in spec["nics"]
+    ]
 
 
 async def rewrite(ctx: Context, spec: VMSpec, identity: Value, *, pending: bool) -> None:

@@ -151,10 +151,12 @@ def _packets(network: Network, ours: Ours, survey: Survey) -> Iterator[tuple[str
         )
     for nic in ours.nics:
         for forward in nic.publish if nic.network == network.id else ():
-            yield f"what comes for the published port {forward.host} of {nic.name}", packet(
-                4, forward.protocol, forward.guest, iifname=uplink, oifname=network.bridge, saddr=OUTSIDE[4],
-                daddr=nic.address,
-            )  # fmt: skip
+            for version, address in ((4, nic.address), (6, nic.address6)):
+                if address and version in forward.families:
+                    yield f"what comes for the published port {forward.host} of {nic.name}", packet(
+                        version, forward.protocol, forward.guest, iifname=uplink, oifname=network.bridge,
+                        saddr=OUTSIDE[version], daddr=address,
+                    )  # fmt: skip
 
 
 def _accused(network: Network, survey: Survey, words: str, drop: Drop) -> Said:

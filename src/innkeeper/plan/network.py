@@ -12,10 +12,13 @@ import hashlib
 import ipaddress
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from innkeeper.base.errors import InvalidInput, Unsupported
+from innkeeper.plan.filter import Filter, filter_of
 from innkeeper.plan.rebirth import Place
+from innkeeper.spec.firewall import FirewallSpec
 from innkeeper.spec.network import Mode, NetworkSpec
 from innkeeper.spec.nic import PortForward
 
@@ -81,6 +84,10 @@ class Nic:
     address6: str | None
     publish: tuple[PortForward, ...] = ()
     metadata: bool = False
+    tags: tuple[str, ...] = ()
+    filter: Filter | None = None
+    limit: int | None = None
+    """Bits per second in each direction."""
 
     @property
     def bridge(self) -> str:
@@ -90,7 +97,12 @@ class Nic:
     def tap(self) -> str:
         return tap_name(self.vm, self.index)
 
-    @property
+    @cached_property
+    def addresses(self) -> tuple[str, ...]:
+        """All that it may send from, as far as that is ours to say."""
+        return tuple(filter(None, (self.address, self.address6, self.address and self.link_local)))
+
+    @cached_property
     def link_local(self) -> str:
         return str(by_mac(ipaddress.IPv6Network("fe80::/64"), self.mac))
 
@@ -140,6 +152,7 @@ def nics_of(
 ) -> tuple[Nic, ...]:
     """The cards of a VM that are in networks. `networks` by name; `addresses` by network id and NIC index."""
     found = []
+    rules, tags = FirewallSpec.model_validate(vm["spec"].get("firewall") or {}), tuple(vm["spec"].get("tags") or ())
     for index, (spec, mac) in enumerate(zip(vm["spec"]["nics"], vm["identity"]["macs"], strict=True)):
         network = networks.get(spec.get("network") or "")
         if network is None or (address := addresses.get((network.id, index))) is None:
@@ -149,7 +162,23 @@ def nics_of(
             address = None
         publish = tuple(PortForward.model_validate({**forward, "note": ""}) for forward in spec["publish"])
         metadata = bool(vm["spec"].get("metadata") and network.subnet)
-        found.append(Nic(vm["id"], vm["name"], index, network.id, mac, address, address6, publish, metadata))
+        judged = filter_of(rules, network, networks)
+        found.append(
+            Nic(
+                vm["id"],
+                vm["name"],
+                index,
+                network.id,
+                mac,
+                address,
+                address6,
+                publish,
+                metadata,
+                tags,
+                judged,
+                spec.get("limit"),
+            )
+        )
     return tuple(found)
 
 
@@ -158,7 +187,10 @@ def place_of(network: Network, nic: Nic) -> Place:
     assert network.subnet and network.gateway
     address = ipaddress.IPv4Interface(f"{nic.address}/{network.subnet.prefixlen}")
     gateway = ipaddress.IPv4Address(network.gateway)
-    return Place(address, gateway if network.mode == "nat" else None, gateway, network.domain, network.mtu)
+    if network.mode == "nat":
+        return Place(address, gateway, gateway, network.domain, network.mtu)
+    routes = ((ipaddress.IPv4Address(METADATA), gateway),) if nic.metadata else ()
+    return Place(address, None, gateway, network.domain, network.mtu, routes)
 
 
 def free_address(network: Network, taken: Collection[str]) -> str:

@@ -160,7 +160,7 @@ def _firewall(seen: Seen) -> Hop:
     if line := dropped(seen.trace):
         found = TRACE.match(line)
         where = f"table {found['table']}, chain {found['chain']}" if found else "nftables"
-        whose = "Innkeeper's own rules drop it" if " innkeeper" in where else "another firewall drops it"
+        whose = _whose(seen.nic, found["chain"]) if " innkeeper" in where and found else "another firewall drops it"
         return Hop("firewall", False, f"{whose}: {where}", (found["what"] if found else line,))
     if not seen.trace:
         if seen.agent is not None:
@@ -176,6 +176,15 @@ def _firewall(seen: Seen) -> Hop:
         "every chain lets it pass",
         tuple(f"table {table}" for table in tables if "check" not in table),
     )
+
+
+def _whose(nic: Nic, chain: str) -> str:
+    """Whose rules drop it: those of a VM, which has chains of its own (plan/filter.py), or those that all have."""
+    if chain == "no-out":
+        return f"the firewall rules of {nic.name} deny it (inn firewall ls {nic.name})"
+    if chain == "no-in":
+        return "the firewall rules of the VM that it is for deny it (inn firewall ls)"
+    return "Innkeeper's own rules drop it"
 
 
 def _route(seen: Seen) -> Hop:

@@ -40,6 +40,8 @@ class Place:
     resolver: IPv4Address
     domain: str
     mtu: int | None = None
+    routes: tuple[tuple[IPv4Address, IPv4Address], ...] = ()
+    """(host, next hop) of what is reached otherwise than by the gateway."""
 
 
 @dataclass(frozen=True)
@@ -120,17 +122,23 @@ sub card {{
   my ($nic, $what, $request) = @_;
   ioctl($any, $what, $request) or warn "$nic: $!\n";
 }}
+sub route {{
+  my ($nic, $to, $hop, $flags) = @_;
+  my $way = "x8 S x2 a4 x8 S x2 a4 x8 S x14 S x30 p x24";
+  $way = pack($way, 2, pack("H*", $to), 2, pack("H*", $hop), 2, $flags, $nic);
+  # Another card of the same network may have made it: EEXIST.
+  ioctl($any, 0x890b, $way) || $! == 17 or warn "$nic: $!\n";
+}}
 sub settle {{
-  my ($nic, $address, $mask, $gateway, $resolver, $domain, $mtu) = @_;
+  my ($nic, $address, $mask, $gateway, $resolver, $domain, $mtu, @hosts) = @_;
   card($nic, 0x8922, pack("a16 i x20", $nic, $mtu)) if $mtu;
   my $default = pack("x8 S x14 S x14 S x14 S x30 p x24", 2, 2, 2, 1, $nic);
   1 while ioctl($any, 0x890c, $default);
   for my $set ([0x8916, $address], [0x891c, $mask]) {{
     card($nic, $set->[0], pack("a16 S x2 a4 x16", $nic, 2, pack("H*", $set->[1])));
   }}
-  my $way = pack("x8 S x14 S x2 a4 x8 S x14 S x30 p x24", 2, 2, pack("H*", $gateway), 2, 3, $nic);
-  # Another card of the same network may have made it: EEXIST.
-  !$gateway || ioctl($any, 0x890b, $way) || $! == 17 or warn "$nic: $!\n";
+  route($nic, "0" x 8, $gateway, 3) if $gateway;
+  while (my ($host, $hop) = splice(@hosts, 0, 2)) {{ route($nic, $host, $hop, 7) }}
   if (my $off = $ipv6{{$nic}}) {{ sysseek($off, 0, 0) && syswrite($off, $_) for 1, 0 }}
   put($resolvers, "search $domain\nnameserver $resolver\n") if $resolvers;
 }}
@@ -218,9 +226,13 @@ def words(who: Rebirth) -> str:
 
 def _told(place: Place) -> str:
     numbers = (place.address, place.address.netmask, place.gateway)
+    routes = [each.packed.hex() for route in place.routes for each in route]
     return ",".join(
-        [*(n.packed.hex() if n else "" for n in numbers), str(place.resolver), place.domain, str(place.mtu or "")]
-    )
+        [
+            *(n.packed.hex() if n else "" for n in numbers), str(place.resolver), place.domain,
+            str(place.mtu or ""), *routes,
+        ]
+    )  # fmt: skip
 
 
 def _line(text: str) -> bytes:
@@ -279,6 +291,7 @@ for nic in /sys/class/net/*; do
   ip -4 addr flush dev "$nic"
   ip addr add "$at" brd + dev "$nic"
   [ -z "$gateway" ] || ip route replace default via "$gateway" dev "$nic"
+  for route in $routes; do ip route replace "${{route%,*}}" via "${{route#*,}}" dev "$nic"; done
   switch=/proc/sys/net/ipv6/conf/$nic/disable_ipv6
   if [ "$(cat "$switch" 2>/dev/null)" = 0 ]; then echo 1 >"$switch"; echo 0 >"$switch"; fi
   [ -L /etc/resolv.conf ] || echo "search $domain
@@ -300,7 +313,8 @@ def _shell_words(place: Place | None) -> str:
     if place is None:
         return "at="
     way = f"at={place.address} gateway={place.gateway or ''}"
-    return f"{way} resolver={place.resolver} domain={shlex.quote(place.domain)} mtu={place.mtu or ''}"
+    routes = shlex.quote(" ".join(f"{host},{hop}" for host, hop in place.routes))
+    return f"{way} resolver={place.resolver} domain={shlex.quote(place.domain)} mtu={place.mtu or ''} routes={routes}"
 
 
 def understood(answer: str) -> tuple[list[str], list[str]]:

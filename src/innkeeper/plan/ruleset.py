@@ -1,8 +1,9 @@
 """The firewall as nftables' JSON (libnftables-json(5)): networks and NICs in, commands out.
 
-Two tables, `bridge innkeeper` and `inet innkeeper`, and nothing outside them. No packet walks a list of VMs: verdict
-maps lead from a tap's name, or a published port, to the chain of that NIC. What has our names and is in no map is
-dropped. A NIC's rules change in one transaction that names only its own objects.
+Two tables, `bridge innkeeper` and `inet innkeeper`, and nothing outside them. No packet walks a list of VMs: sets say
+which tap may send what (plan/sender.py), and verdict maps lead from a tap's name, or a published port, to the chain of
+that NIC (plan/filter.py). What has our names and is in no set is dropped. A NIC's rules change in one transaction that
+names only its own objects.
 """
 
 from __future__ import annotations
@@ -11,36 +12,35 @@ import ipaddress
 from collections.abc import Iterable
 from typing import Any
 
+from innkeeper.plan import filter, sender
+from innkeeper.plan.filter import from_elsewhere, to_host
 from innkeeper.plan.network import BRIDGE, METADATA, METADATA_PORT, TAP, Network, Nic
+from innkeeper.plan.nft import (
+    ACCEPT,
+    DROP,
+    IIF,
+    NAME,
+    OIF,
+    PROTOCOL,
+    B,
+    Command,
+    Expression,
+    I,
+    chain,
+    field,
+    goto,
+    match,
+    prefix,
+    rule,
+)  # fmt: skip
 
-Command = dict[str, Any]
-Expression = dict[str, Any]
-NAME = "innkeeper"
-B: Command = {"family": "bridge", "table": NAME}
-I: Command = {"family": "inet", "table": NAME}  # noqa: E741 - as B
 TABLES = (("bridge", NAME), ("inet", NAME))
 COUNTS = "-n"
 """Ends the name of the chain that counts what comes for a NIC's published ports."""
-DROP: Expression = {"drop": None}
-ACCEPT: Expression = {"accept": None}
-IIF: Expression = {"meta": {"key": "iifname"}}
-OIF: Expression = {"meta": {"key": "oifname"}}
-PROTOCOL: Expression = {"meta": {"key": "l4proto"}}
 LOOPBACK = {"prefix": {"addr": "127.0.0.0", "len": 8}}
-TARGET: Expression = {"payload": {"base": "th", "offset": 64, "len": 128}}
-"""The address that a neighbour solicitation or advertisement is about (RFC 4861, 4.3 and 4.4)."""
-ETHERTYPE: Expression = {"payload": {"base": "ll", "offset": 96, "len": 16}}
-"""As it came: `ether type` is what is inside a tag that the kernel has taken off."""
-BEHIND_FRAGMENT: Expression = {"exthdr": {"name": "frag", "field": "nexthdr"}}
-DISCOVERY = {
-    "set": ["nd-router-solicit", "nd-router-advert", "nd-neighbor-solicit", "nd-neighbor-advert", "nd-redirect"]
-}
-UPPER_LAYERS = {"set": [6, 17, 50, 58, 132, 136]}
-"""TCP, UDP, ESP, ICMPv6, SCTP, UDP-Lite: what may follow an IPv6 fragment header."""
-MEMBERSHIP = {"set": ["mld-listener-report", "mld2-listener-report"]}
-ON_THE_OUTSIDE = 0x10000000
-"""A bit of the mark of packets from guests in bridged networks: only the bridge sees which tap they come from."""
-NEIGHBOURS = {"set": ["nd-neighbor-solicit", "nd-neighbor-advert", "nd-router-solicit", *MEMBERSHIP["set"]]}
+OF_PACKETS = {*filter.OF_PACKETS, sender.REFUSED}
+"""Sets whose elements come and go with the guests' packets."""
+NEIGHBOURS = {"set": ["nd-neighbor-solicit", "nd-neighbor-advert", "nd-router-solicit", *sender.MEMBERSHIP["set"]]}
 
 
 def clear() -> list[Command]:
@@ -51,11 +51,12 @@ def clear() -> list[Command]:
 
 def everything(networks: Iterable[Network], nics: Iterable[Nic]) -> list[Command]:
     """Both tables anew and whole: one transaction, in which no packet finds them absent."""
-    networks = list(networks)
+    networks, nics = list(networks), list(nics)
     commands = clear() + [{"add": {"table": {"family": family, "name": name}}} for family, name in TABLES]
-    commands += [*_bridge(), *_sets(), *_host(), *_between(), *_translation()]
+    commands += [*_sets(), *_bridge(), *_host(), *_between(), *_translation()]
     for network in networks:
         commands += network_added(network)
+    commands += filter.tags_changed({}, filter.tagged(nics))[0]
     for nic in nics:
         commands += nic_added(nic)
     return commands
@@ -73,16 +74,19 @@ def network_added(network: Network) -> list[Command]:
     commands = [
         _element("gateways4", {"concat": [network.bridge, network.gateway]}),
         _element("loops", {"concat": [network.bridge, network.bridge]}),
+        _element("inside4", prefix(network.subnet)),
     ]
+    if network.prefix:
+        commands.append(_element("inside6", prefix(network.prefix)))
     if network.gateway6:
         commands.append(_element("gateways6", {"concat": [network.bridge, network.gateway6]}))
     if network.mode == "internal":
         commands.append(_element("internal", network.bridge))
     if network.mode == "nat":
         commands.append(_element("nat", network.bridge))
-        commands.append(_element("nat4", _prefix(network.subnet)))
+        commands.append(_element("nat4", prefix(network.subnet)))
         if network.prefix:
-            commands.append(_element("nat6", _prefix(network.prefix)))
+            commands.append(_element("nat6", prefix(network.prefix)))
     return commands
 
 
@@ -92,30 +96,23 @@ def network_removed(network: Network) -> list[Command]:
 
 
 def nic_added(nic: Nic) -> list[Command]:
-    """The chains of one NIC, made or made anew, and the way to them."""
-    chain = {"family": "bridge", "table": NAME, "name": nic.tap}
-    return [
-        {"add": {"counter": chain}},
-        {"add": {"chain": chain}},
-        {"flush": {"chain": chain}},
-        *(_rule(B, nic.tap, *rule) for rule in _own_packets(nic)),
-        {"add": {"element": B | {"name": "nics", "elem": [[nic.tap, {"jump": {"target": nic.tap}}]]}}},
-        *metadata_added(nic),
-        *publish_added(nic),
-    ]
+    """All that is of one NIC, whose rules name no VM any more but by its addresses."""
+    return [*sender.sender_added(nic), *filter.filter_added(nic), *metadata_added(nic), *publish_added(nic)]
 
 
 def nic_removed(nic: Nic) -> list[Command]:
     """All of that away."""
-    chain = {"family": "bridge", "table": NAME, "name": nic.tap}
-    return [
-        {"delete": {"element": B | {"name": "nics", "elem": [[nic.tap, {"jump": {"target": nic.tap}}]]}}},
-        {"flush": {"chain": chain}},
-        {"delete": {"chain": chain}},
-        {"delete": {"counter": chain}},
-        *metadata_removed(nic),
-        *publish_removed(nic),
-    ]
+    return [*sender.sender_removed(nic), *filter.filter_removed(nic), *metadata_removed(nic), *publish_removed(nic)]
+
+
+def nic_changed(old: Nic, new: Nic) -> list[Command]:
+    """From a NIC to the same one with other rules, ports or address: only what is other."""
+    commands = [*sender.sender_changed(old, new), *filter.filter_changed(old, new)]
+    if metadata_added(old) != metadata_added(new):
+        commands += [*metadata_removed(old), *metadata_added(new)]
+    if (old.publish, old.addresses) != (new.publish, new.addresses):
+        commands += [*publish_removed(old), *publish_added(new)]
+    return commands
 
 
 def metadata_added(nic: Nic) -> list[Command]:
@@ -130,37 +127,41 @@ def metadata_removed(nic: Nic) -> list[Command]:
 
 def publish_added(nic: Nic) -> list[Command]:
     """What leads from outside to the published ports of one NIC."""
-    chain = I | {"name": nic.tap}
+    if not nic.publish:
+        return []
+    named = I | {"name": nic.tap}
     rules = []
     for forward in nic.publish:
-        if forward.address == "0.0.0.0":
-            where = _match({"fib": {"result": "type", "flags": ["daddr"]}}, "local")
-        else:
-            where = _match(_field("ip", "daddr"), forward.address)
-        to = {"dnat": {"family": "ip", "addr": nic.address, "port": forward.guest}}
-        rules.append(_rule(I, nic.tap, where, _match(_field(forward.protocol, "dport"), forward.host), to))
-    return [{"add": {"chain": chain}}, {"flush": {"chain": chain}}, *rules, *_published(nic, "add"), *_counted(nic)]
+        for version, ip, address in ((4, "ip", nic.address), (6, "ip6", nic.address6)):
+            if version not in forward.families or address is None:
+                continue
+            where = [match(field(ip, "daddr"), forward.address)]
+            if forward.everywhere:
+                where = [match({"fib": {"result": "type", "flags": ["daddr"]}}, "local")]
+                # The kernel lets no answer come back to ::1 from a network. Who is refused there tries 127.0.0.1.
+                where += [match(field(ip, "daddr"), "::1", "!=")] if version == 6 else []
+            to = {"dnat": {"family": ip, "addr": address, "port": forward.guest}}
+            port = match(field(forward.protocol, "dport"), forward.host)
+            rules.append(rule(I, nic.tap, match({"meta": {"key": "nfproto"}}, f"ipv{version}"), *where, port, to))
+    return [{"add": {"chain": named}}, {"flush": {"chain": named}}, *rules, *_published(nic, "add"), *_counted(nic)]
 
 
 def publish_removed(nic: Nic) -> list[Command]:
     """The same away."""
-    chain = {"chain": I | {"name": nic.tap}}
-    return [*_published(nic, "delete"), {"flush": chain}, {"delete": chain}, *_counted_no_more(nic)]
-
-
-def publish_changed(old: Nic, new: Nic) -> list[Command]:
-    """Other published ports of a NIC that stays as it is."""
-    return [*_published(old, "delete"), *_counted_no_more(old), *publish_added(new)]
+    if not nic.publish:
+        return []
+    named = {"chain": I | {"name": nic.tap}}
+    return [*_published(nic, "delete"), {"flush": named}, {"delete": named}, *_counted_no_more(nic)]
 
 
 def counts(listed: Iterable[Command]) -> dict[tuple[str, str, int], tuple[int, int]]:
     """(tap, protocol, host port) → (packets, bytes) that came for a published port, in what `nft -j list` says."""
     found = {}
     for command in listed:
-        rule = command.get("rule", {})
-        if str(rule.get("chain", "")).endswith(COUNTS):
-            protocol, port, counter = rule["expr"]
-            key = rule["chain"].removesuffix(COUNTS), protocol["match"]["right"], int(port["match"]["right"])
+        said = command.get("rule", {})
+        if str(said.get("chain", "")).endswith(COUNTS):
+            protocol, port, counter = said["expr"]
+            key = said["chain"].removesuffix(COUNTS), protocol["match"]["right"], int(port["match"]["right"])
             found[key] = int(counter["counter"]["packets"]), int(counter["counter"]["bytes"])
     return found
 
@@ -177,88 +178,33 @@ def objects(commands: Iterable[Command]) -> set[str]:
                 rules[where] = rules.get(where, 0) + 1
             elif kind in ("table", "chain", "map", "set", "counter"):
                 found.add(f"{kind} {where}")
-            if kind in ("element", "map", "set"):
+            if kind in ("element", "map", "set") and what.get("name") not in OF_PACKETS:
                 found |= {f"element {where} {_word(element)}" for element in what.get("elem", ())}
     return found | {f"rules {where}: {number}" for where, number in rules.items()}
 
 
 def _word(element: Any) -> str:
     if isinstance(element, list):  # of a map
-        return f"{_word(element[0])} → {element[1]['jump']['target']}"
+        (way,) = element[1].values()
+        return f"{_word(element[0])} → {way['target']}"
     if isinstance(element, dict) and "concat" in element:
         return " . ".join(map(str, element["concat"]))
     return f"{element['prefix']['addr']}/{element['prefix']['len']}" if isinstance(element, dict) else str(element)
 
 
 def _bridge() -> list[Command]:
-    """What guests send is looked at before the bridge sees it."""
+    """What guests send is looked at before the bridge sees it, what they get when it has."""
     return [
-        {"add": {"map": B | {"name": "nics", "type": "ifname", "map": "verdict"}}},
-        _chain(B, "from-guests", "filter", "prerouting", -300),
-        _rule(B, "from-guests", _match(IIF, f"{TAP}*"), {"vmap": {"key": IIF, "data": "@nics"}}),
-        _rule(B, "from-guests", _match(IIF, f"{TAP}*"), DROP),
-    ]
-
-
-def _own_packets(nic: Nic) -> list[list[Expression]]:
-    """Only from its own MAC and addresses, only IPv4, IPv6 and ARP, and nothing that only a router or a DHCP server
-    says. The rest is dropped and counted."""
-    drop: list[Expression] = [{"counter": nic.tap}, DROP]
-    if nic.address is None:
-        return _own_packets_outside(nic, drop)
-    addresses = [nic.link_local, *([nic.address6] if nic.address6 else [])]
-    targets = {"set": ["0x" + ipaddress.IPv6Address(address).packed.hex() for address in addresses]}
-    kind = _field("icmpv6", "type")
-    nobody = _match(_field("ip6", "saddr"), "::")
-    return [
-        *_nobodys(nic.mac, drop),
-        [_match(_field("ip", "saddr"), nic.address), ACCEPT],
-        [
-            _match(_field("arp", "saddr ether"), nic.mac),
-            _match(_field("arp", "saddr ip"), {"set": [nic.address, "0.0.0.0"]}),
-            ACCEPT,
-        ],
-        [
-            _match(_field("ip", "saddr"), "0.0.0.0"),
-            _match(_field("ip", "daddr"), "255.255.255.255"),
-            _match(_field("udp", "sport"), 68),
-            _match(_field("udp", "dport"), 67),
-            ACCEPT,
-        ],
-        [_match(kind, {"set": ["nd-router-advert", "nd-redirect"]}), *drop],
-        [_match(kind, "nd-neighbor-advert"), _match(TARGET, targets, "!="), *drop],
-        [_match(_field("ip6", "saddr"), {"set": addresses}), ACCEPT],
-        [nobody, _match(kind, "nd-neighbor-solicit"), _match(TARGET, targets), ACCEPT],
-        [nobody, _match(kind, MEMBERSHIP), ACCEPT],
-        drop,
-    ]
-
-
-def _own_packets_outside(nic: Nic, drop: list[Expression]) -> list[list[Expression]]:
-    """The same where the network outside says who has which address."""
-    mark: Expression = {"meta": {"key": "mark"}}
-    marked: Expression = {"mangle": {"key": mark, "value": {"|": [mark, ON_THE_OUTSIDE]}}}
-    return [*nobodys_outside(nic.mac, drop), [marked, ACCEPT]]
-
-
-def nobodys_outside(mac: str, drop: list[Expression]) -> list[list[Expression]]:
-    """What no guest sends that is on a network outside, whatever its address there."""
-    return [
-        *_nobodys(mac, drop),
-        [_match(_field("icmpv6", "type"), {"set": ["nd-router-advert", "nd-redirect"]}), *drop],
-        [_match(_field("arp", "saddr ether"), mac, "!="), *drop],
-    ]
-
-
-def _nobodys(mac: str, drop: list[Expression]) -> list[list[Expression]]:
-    """What no guest sends: from another card, another protocol, in a VLAN of any kind, as a DHCP server, or such that
-    nobody sees what it is before it is put together (RFC 7112, 6980)."""
-    return [
-        [_match(_field("ether", "saddr"), mac, "!="), *drop],
-        [_match(ETHERTYPE, {"set": [0x0800, 0x0806, 0x86DD]}, "!="), *drop],
-        [_match(_field("udp", "sport"), {"set": [67, 547]}), *drop],
-        [_match(BEHIND_FRAGMENT, UPPER_LAYERS, "!="), *drop],
-        [_match(BEHIND_FRAGMENT, 58), _match(_field("icmpv6", "type"), DISCOVERY), *drop],
+        *filter.shared(),
+        {"add": {"chain": B | {"name": "judged"}}},
+        rule(B, "judged", {"vmap": {"key": IIF, "data": "@rules-out"}}),
+        rule(B, "judged", ACCEPT),
+        *sender.shared(goto("judged")),
+        chain(B, "from-guests", "filter", "prerouting", -300),
+        rule(B, "from-guests", match(IIF, f"{TAP}*"), {"vmap": {"key": IIF, "data": "@limits"}}),
+        rule(B, "from-guests", match(IIF, f"{TAP}*"), goto("sent")),
+        chain(B, "to-guests", "filter", "postrouting", 0),
+        rule(B, "to-guests", match(OIF, f"{TAP}*"), {"vmap": {"key": OIF, "data": "@rules-in"}}),
     ]
 
 
@@ -267,126 +213,139 @@ def _sets() -> list[Command]:
         "gateways4": ["ifname", "ipv4_addr"], "gateways6": ["ifname", "ipv6_addr"], "loops": ["ifname", "ifname"],
         "metadata": ["ifname", "ipv4_addr"], "internal": "ifname", "nat": "ifname", "bridged": "ifname",
     }  # fmt: skip
-    ranges = {"nat4": "ipv4_addr", "nat6": "ipv6_addr"}
+    ranges = {"nat4": "ipv4_addr", "nat6": "ipv6_addr", "inside4": "ipv4_addr", "inside6": "ipv6_addr"}
     return [
         *({"add": {"set": I | {"name": name, "type": kind}}} for name, kind in types.items()),
         *({"add": {"set": I | {"name": name, "type": kind, "flags": ["interval"]}}} for name, kind in ranges.items()),
         {"add": {"map": I | {"name": "published", "type": ["inet_proto", "inet_service"], "map": "verdict"}}},
-        {"add": {"map": I | {"name": "counted", "type": "ipv4_addr", "map": "verdict"}}},
+        {"add": {"map": I | {"name": "counted4", "type": "ipv4_addr", "map": "verdict"}}},
+        {"add": {"map": I | {"name": "counted6", "type": "ipv6_addr", "map": "verdict"}}},
     ]
 
 
 def _host() -> list[Command]:
     """Guests reach of the host only DHCP, DNS and the ping of their own gateway, those that are bridged by us its ping;
     the host reaches all but internal networks."""
-    from_bridge, to_internal = _match(IIF, f"{BRIDGE}*"), _match(OIF, "@internal")
-    gateway4 = _match({"concat": [IIF, _field("ip", "daddr")]}, "@gateways4")
-    gateway6 = _match({"concat": [IIF, _field("ip6", "daddr")]}, "@gateways6")
-    established = _match({"ct": {"key": "state"}}, ["established", "related"], "in")
-    dns = [_match(PROTOCOL, {"set": ["tcp", "udp"]}), _match(_field("th", "dport"), 53), ACCEPT]
+    from_bridge, to_internal = match(IIF, f"{BRIDGE}*"), match(OIF, "@internal")
+    gateway4 = match({"concat": [IIF, field("ip", "daddr")]}, "@gateways4")
+    gateway6 = match({"concat": [IIF, field("ip6", "daddr")]}, "@gateways6")
+    established = match({"ct": {"key": "state"}}, ["established", "related"], "in")
+    dns = [match(PROTOCOL, {"set": ["tcp", "udp"]}), match(field("th", "dport"), 53), ACCEPT]
     return [
         {"add": {"chain": I | {"name": "to-host"}}},
-        _rule(I, "to-host", established, ACCEPT),
-        _rule(I, "to-host", gateway4, *dns),
-        _rule(I, "to-host", gateway6, *dns),
-        _rule(I, "to-host", gateway4, _match(_field("icmp", "type"), "echo-request"), ACCEPT),
-        _rule(I, "to-host", gateway6, _match(_field("icmpv6", "type"), "echo-request"), ACCEPT),
-        _rule(I, "to-host", ASKS, _match(_field("tcp", "dport"), METADATA_PORT), REDIRECTED, ACCEPT),
-        _rule(I, "to-host", _match(_field("udp", "dport"), {"set": [67, 547]}), ACCEPT),
-        _rule(I, "to-host", _match(_field("icmpv6", "type"), NEIGHBOURS), ACCEPT),
-        _rule(I, "to-host", DROP),
-        _chain(I, "input", "filter", "input", 0),
-        _rule(I, "input", from_bridge, {"jump": {"target": "to-host"}}),
+        rule(I, "to-host", established, ACCEPT),
+        rule(I, "to-host", gateway4, *dns),
+        rule(I, "to-host", gateway6, *dns),
+        rule(I, "to-host", gateway4, match(field("icmp", "type"), "echo-request"), ACCEPT),
+        rule(I, "to-host", gateway6, match(field("icmpv6", "type"), "echo-request"), ACCEPT),
+        rule(I, "to-host", ASKS, match(field("tcp", "dport"), METADATA_PORT), REDIRECTED, ACCEPT),
+        rule(I, "to-host", match(field("udp", "dport"), {"set": [67, 547]}), ACCEPT),
+        rule(I, "to-host", match(field("icmpv6", "type"), NEIGHBOURS), ACCEPT),
+        *to_host("to-host", IIF),
+        rule(I, "to-host", DROP),
+        chain(I, "input", "filter", "input", 0),
+        rule(I, "input", from_bridge, {"jump": {"target": "to-host"}}),
         {"add": {"chain": I | {"name": "to-host-outside"}}},
-        _rule(I, "to-host-outside", established, ACCEPT),
-        _rule(I, "to-host-outside", _match(_field("icmp", "type"), "echo-request"), ACCEPT),
-        _rule(I, "to-host-outside", _match(_field("icmpv6", "type"), "echo-request"), ACCEPT),
-        _rule(I, "to-host-outside", _match(_field("icmpv6", "type"), NEIGHBOURS), ACCEPT),
-        _rule(I, "to-host-outside", DROP),
-        _rule(I, "input", *_bridged_by_us(), {"jump": {"target": "to-host-outside"}}),
+        rule(I, "to-host-outside", established, ACCEPT),
+        rule(I, "to-host-outside", match(field("icmp", "type"), "echo-request"), ACCEPT),
+        rule(I, "to-host-outside", match(field("icmpv6", "type"), "echo-request"), ACCEPT),
+        rule(I, "to-host-outside", match(field("icmpv6", "type"), NEIGHBOURS), ACCEPT),
+        rule(I, "to-host-outside", DROP),
+        rule(I, "input", *_bridged_by_us(), {"jump": {"target": "to-host-outside"}}),
         {"add": {"chain": I | {"name": "to-internal"}}},
-        _rule(I, "to-internal", _match(PROTOCOL, "ipv6-icmp"), ACCEPT),
-        _rule(I, "to-internal", _match(_field("icmp", "type"), "echo-reply"), ACCEPT),
-        _rule(
-            I, "to-internal", _match(PROTOCOL, {"set": ["tcp", "udp"]}),
-            _match(_field("th", "sport"), {"set": [53, 67, 547]}), ACCEPT,
+        rule(I, "to-internal", match(PROTOCOL, "ipv6-icmp"), ACCEPT),
+        rule(I, "to-internal", match(field("icmp", "type"), "echo-reply"), ACCEPT),
+        rule(
+            I, "to-internal", match(PROTOCOL, {"set": ["tcp", "udp"]}),
+            match(field("th", "sport"), {"set": [53, 67, 547]}), ACCEPT,
         ),
-        _rule(
-            I, "to-internal", _match(_field("tcp", "sport"), METADATA_PORT), REDIRECTED,
-            _match({"ct": {"key": "direction"}}, "reply"), ACCEPT,
+        rule(
+            I, "to-internal", match(field("tcp", "sport"), METADATA_PORT), REDIRECTED,
+            match({"ct": {"key": "direction"}}, "reply"), ACCEPT,
         ),
-        _rule(I, "to-internal", DROP),
-        _chain(I, "output", "filter", "output", 0),
-        _rule(I, "output", to_internal, {"jump": {"target": "to-internal"}}),
+        rule(I, "to-internal", DROP),
+        chain(I, "output", "filter", "output", 0),
+        rule(I, "output", to_internal, {"jump": {"target": "to-internal"}}),
     ]  # fmt: skip
 
 
 def _between() -> list[Command]:
-    """From one network to another nothing; out from nat networks only; in what answers, or was published."""
-    from_bridge, to_bridge = _match(IIF, f"{BRIDGE}*"), _match(OIF, f"{BRIDGE}*")
-    within = _match({"concat": [IIF, OIF]}, "@loops")  # seen here only where br_netfilter is loaded
+    """From one network to another what a rule of the guest there lets in; out from nat networks only; in also what
+    answers, or was published."""
+    from_bridge, to_bridge = match(IIF, f"{BRIDGE}*"), match(OIF, f"{BRIDGE}*")
+    within = match({"concat": [IIF, OIF]}, "@loops")  # seen here only where br_netfilter is loaded
+    established = match({"ct": {"key": "state"}}, ["established", "related"], "in")
     return [
         {"add": {"chain": I | {"name": "leaving"}}},
         # Nobody routes link-local addresses; the metadata service of the cloud that the host runs in has such a one.
-        _rule(I, "leaving", _match(_field("ip", "daddr"), LINK_LOCAL), DROP),
-        _rule(I, "leaving", _match(_field("ip6", "daddr"), "fd00:ec2::254"), DROP),
-        _rule(I, "leaving", to_bridge, DROP),
-        _rule(I, "leaving", _match(IIF, "@nat"), ACCEPT),
-        _rule(I, "leaving", DROP),
+        rule(I, "leaving", match(field("ip", "daddr"), LINK_LOCAL), DROP),
+        rule(I, "leaving", match(field("ip6", "daddr"), "fd00:ec2::254"), DROP),
+        rule(I, "leaving", to_bridge, established, ACCEPT),
+        rule(I, "leaving", match(IIF, "@nat", "!="), DROP),
+        *from_elsewhere("leaving"),
+        rule(I, "leaving", to_bridge, DROP),
+        rule(I, "leaving", ACCEPT),
         {"add": {"chain": I | {"name": "entering"}}},
-        _rule(I, "entering", _match({"ct": {"key": "state"}}, ["established", "related"], "in"), ACCEPT),
-        _rule(I, "entering", _match({"ct": {"key": "status"}}, "dnat", "in"), ACCEPT),
-        _rule(I, "entering", DROP),
-        _chain(I, "forward", "filter", "forward", 0),
-        _rule(I, "forward", within, ACCEPT),
+        rule(I, "entering", established, ACCEPT),
+        rule(I, "entering", match({"ct": {"key": "status"}}, "dnat", "in"), ACCEPT),
+        # nobody outside is one of our guests
+        rule(I, "entering", match(field("ip", "saddr"), "@inside4"), DROP),
+        rule(I, "entering", match(field("ip6", "saddr"), "@inside6"), DROP),
+        *from_elsewhere("entering"),
+        rule(I, "entering", DROP),
+        chain(I, "forward", "filter", "forward", 0),
+        rule(I, "forward", within, ACCEPT),
         # The host is no router for them; what they answer to a guest behind its NAT goes on.
-        _rule(
+        rule(
             I,
             "forward",
             *_bridged_by_us(),
-            _match({"ct": {"key": "state"}}, {"set": ["established", "related"]}, "!="),
+            match({"ct": {"key": "state"}}, {"set": ["established", "related"]}, "!="),
             DROP,
         ),
-        _rule(I, "forward", from_bridge, {"jump": {"target": "leaving"}}),
-        _rule(I, "forward", to_bridge, {"jump": {"target": "entering"}}),
+        rule(I, "forward", from_bridge, {"jump": {"target": "leaving"}}),
+        rule(I, "forward", to_bridge, {"jump": {"target": "entering"}}),
     ]
 
 
 def _translation() -> list[Command]:
     """What leaves a nat network bears the host's address; what comes for a published port goes to its guest. Guests
     do not come in by published ports: they have names for each other."""
-    away = _match(OIF, f"{BRIDGE}*", "!=")
-    where = {"vmap": {"key": {"concat": [PROTOCOL, _field("th", "dport")]}, "data": "@published"}}
+    away = match(OIF, f"{BRIDGE}*", "!=")
+    where = {"vmap": {"key": {"concat": [PROTOCOL, field("th", "dport")]}, "data": "@published"}}
     return [
-        _chain(I, "published-in", "nat", "prerouting", -100),
-        _rule(
-            I, "published-in", ASKS, _match(_field("ip", "daddr"), METADATA), _match(_field("tcp", "dport"), 80),
+        chain(I, "published-in", "nat", "prerouting", -100),
+        rule(
+            I, "published-in", ASKS, match(field("ip", "daddr"), METADATA), match(field("tcp", "dport"), 80),
             # what systems send with: one less has been through a router or a container's bridge in the guest
-            _match(_field("ip", "ttl"), {"set": [64, 128, 255]}), {"redirect": {"port": METADATA_PORT}},
+            match(field("ip", "ttl"), {"set": [64, 128, 255]}), {"redirect": {"port": METADATA_PORT}},
         ),
-        _rule(I, "published-in", _match(IIF, f"{BRIDGE}*"), ACCEPT),
-        _rule(I, "published-in", where),
-        _chain(I, "published-out", "nat", "output", -100),
-        _rule(I, "published-out", where),
-        _chain(I, "counting", "filter", "postrouting", 0),
-        _rule(
-            I, "counting", _match(OIF, f"{BRIDGE}*"), _match({"ct": {"key": "status"}}, "dnat", "in"),
-            {"vmap": {"key": _field("ip", "daddr"), "data": "@counted"}},
+        rule(I, "published-in", match(IIF, f"{BRIDGE}*"), ACCEPT),
+        rule(I, "published-in", where),
+        chain(I, "published-out", "nat", "output", -100),
+        rule(I, "published-out", where),
+        chain(I, "counting", "filter", "postrouting", 0),
+        *(
+            rule(
+                I, "counting", match(OIF, f"{BRIDGE}*"), match({"ct": {"key": "status"}}, "dnat", "in"),
+                {"vmap": {"key": field(ip, "daddr"), "data": f"@counted{version}"}},
+            )
+            for version, ip in ((4, "ip"), (6, "ip6"))
         ),
-        _chain(I, "masquerade", "nat", "postrouting", 100),
-        _rule(I, "masquerade", _match(_field("ip", "saddr"), "@nat4"), away, {"masquerade": None}),
-        _rule(I, "masquerade", _match(_field("ip6", "saddr"), "@nat6"), away, {"masquerade": None}),
+        chain(I, "masquerade", "nat", "postrouting", 100),
+        rule(I, "masquerade", match(field("ip", "saddr"), "@nat4"), away, {"masquerade": None}),
+        rule(I, "masquerade", match(field("ip6", "saddr"), "@nat6"), away, {"masquerade": None}),
         # the host's loopback, for ports that are published there only
-        _rule(
-            I, "masquerade", _match(_field("ip", "saddr"), LOOPBACK), _match(OIF, f"{BRIDGE}*"), {"masquerade": None}
+        rule(
+            I, "masquerade", match(field("ip", "saddr"), LOOPBACK), match(OIF, f"{BRIDGE}*"), {"masquerade": None}
         ),
     ]  # fmt: skip
 
 
 def _bridged_by_us() -> list[Expression]:
     """From a guest, not from another machine of that network."""
-    marked: Expression = {"&": [{"meta": {"key": "mark"}}, ON_THE_OUTSIDE]}
-    return [_match(IIF, "@bridged"), _match(marked, ON_THE_OUTSIDE)]
+    marked: Expression = {"&": [{"meta": {"key": "mark"}}, sender.ON_THE_OUTSIDE]}
+    return [match(IIF, "@bridged"), match(marked, sender.ON_THE_OUTSIDE)]
 
 
 def _published(nic: Nic, verb: str) -> list[Command]:
@@ -401,53 +360,38 @@ def _counted(nic: Nic) -> list[Command]:
     if not nic.publish:
         return []
     name = nic.tap + COUNTS
-    chain = {"chain": I | {"name": name}}
+    named = {"chain": I | {"name": name}}
     rules = [
-        _rule(
-            I, name, _match(PROTOCOL, protocol), _match({"ct": {"key": "proto-dst", "dir": "original"}}, port),
+        rule(
+            I, name, match(PROTOCOL, protocol), match({"ct": {"key": "proto-dst", "dir": "original"}}, port),
             {"counter": {"packets": 0, "bytes": 0}},
         )
         for protocol, port in _ports(nic)
     ]  # fmt: skip
-    return [{"add": chain}, {"flush": chain}, *rules, _element("counted", [nic.address, {"jump": {"target": name}}])]
+    return [{"add": named}, {"flush": named}, *rules, *_ways_to_counters(nic)]
 
 
 def _counted_no_more(nic: Nic) -> list[Command]:
     if not nic.publish:
         return []
-    chain = {"chain": I | {"name": nic.tap + COUNTS}}
-    way = {"name": "counted", "elem": [[nic.address, {"jump": {"target": nic.tap + COUNTS}}]]}
-    return [{"delete": {"element": I | way}}, {"flush": chain}, {"delete": chain}]
+    named = {"chain": I | {"name": nic.tap + COUNTS}}
+    ways = [{"delete": command["add"]} for command in _ways_to_counters(nic)]
+    return [*ways, {"flush": named}, {"delete": named}]
+
+
+def _ways_to_counters(nic: Nic) -> list[Command]:
+    jump, addresses = {"jump": {"target": nic.tap + COUNTS}}, {4: nic.address, 6: nic.address6}
+    return [_element(f"counted{version}", [address, jump]) for version, address in addresses.items() if address]
 
 
 def _ports(nic: Nic) -> list[tuple[str, int]]:
     return sorted({(forward.protocol, forward.host) for forward in nic.publish})
 
 
-def _chain(table: Command, name: str, kind: str, hook: str, priority: int) -> Command:
-    return {"add": {"chain": table | {"name": name, "type": kind, "hook": hook, "prio": priority, "policy": "accept"}}}
-
-
-def _rule(table: Command, chain: str, *expressions: Expression) -> Command:
-    return {"add": {"rule": table | {"chain": chain, "expr": list(expressions)}}}
-
-
 def _element(name: str, element: Any) -> Command:
     return {"add": {"element": I | {"name": name, "elem": [element]}}}
 
 
-def _match(left: Expression, right: Any, op: str = "==") -> Expression:
-    return {"match": {"op": op, "left": left, "right": right}}
-
-
-def _field(protocol: str, field: str) -> Expression:
-    return {"payload": {"protocol": protocol, "field": field}}
-
-
-def _prefix(network: ipaddress.IPv4Network | ipaddress.IPv6Network) -> Expression:
-    return {"prefix": {"addr": str(network.network_address), "len": network.prefixlen}}
-
-
-LINK_LOCAL = _prefix(ipaddress.IPv4Network("169.254.0.0/16"))
-ASKS = _match({"concat": [IIF, _field("ip", "saddr")]}, "@metadata")
-REDIRECTED = _match({"ct": {"key": "status"}}, "dnat", "in")
+LINK_LOCAL = prefix(ipaddress.IPv4Network("169.254.0.0/16"))
+ASKS = match({"concat": [IIF, field("ip", "saddr")]}, "@metadata")
+REDIRECTED = match({"ct": {"key": "status"}}, "dnat", "in")

@@ -61,11 +61,14 @@ def memory_name(snapshot_id: str) -> str:
 
 def machine_then(vm: Mapping[str, Any], snapshot: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """(fields of the VM's document, what differs in words): the machine that a saved memory fits. What the guest does
-    not see stays as it is set now: name, note, published ports of NICs that are there in both."""
+    not see stays as it is set now: name, note, published ports and limits of NICs that are there in both."""
     now, then = vm["spec"], snapshot["spec"]
     publish = [nic["publish"] if nic["mode"] != "none" else [] for nic in now["nics"]]
+    limits = [nic.get("limit") for nic in now["nics"]]
     nics = [
-        nic | {"publish": publish[index] if index < len(publish) and nic["mode"] != "none" else []}
+        nic
+        | {"publish": publish[index] if index < len(publish) and nic["mode"] != "none" else []}
+        | {"limit": limits[index] if index < len(limits) and nic["mode"] == "network" else None}
         for index, nic in enumerate(then["nics"])
     ]
     kept = ("name", "note", "first_boot")
@@ -87,7 +90,7 @@ def machine_then(vm: Mapping[str, Any], snapshot: Mapping[str, Any]) -> tuple[di
 
 
 def _guests_own(nic: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in nic.items() if key != "publish"}
+    return {key: value for key, value in nic.items() if key not in ("publish", "limit")}
 
 
 def lineage(layers: Mapping[str, Any], top: str) -> list[str]:

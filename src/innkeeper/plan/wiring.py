@@ -6,14 +6,17 @@ empty place where others are behind it, and the next one comes into the first em
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import assert_never
+
+from pydantic import ValidationError
 
 from innkeeper.base.errors import ActionRefused, InvalidInput, NotFound, PortTaken, Unsupported
 from innkeeper.plan.identity import Identity
 from innkeeper.plan.pci import SPARES
-from innkeeper.spec.nic import NicSpec, PortForward
+from innkeeper.spec.nic import EVERYWHERE, EVERYWHERE4, NicSpec, PortForward
 from innkeeper.spec.vm import VMSpec
-from innkeeper.spec.wiring import AddNic, Change, Publish, RemoveNic, Unpublish
+from innkeeper.spec.wiring import AddNic, Change, Publish, RemoveNic, SetNic, Unpublish
 
 MOST = 8
 """NICs of a VM."""
@@ -29,7 +32,9 @@ def changed(spec: VMSpec, identity: Identity, change: Change) -> tuple[VMSpec, I
         case Publish(forward=forward):
             index = _card(spec, change.nic)
             _check_unpublished(spec, identity, forward)
-            nics[index] = nics[index].model_copy(update={"publish": (*nics[index].publish, forward)})
+            if nics[index].mode == "user" and forward.address == EVERYWHERE:
+                forward = forward.model_copy(update={"address": EVERYWHERE4})  # all that there is
+            nics[index] = _with(nics[index], index, {"publish": (*nics[index].publish, forward)})
         case Unpublish(host=host, protocol=protocol):
             nics = [_without(nic, host, protocol) for nic in nics]
             if nics == list(spec.nics):
@@ -37,6 +42,8 @@ def changed(spec: VMSpec, identity: Identity, change: Change) -> tuple[VMSpec, I
         case AddNic(nic=nic):
             cards, index = _place(spec, cards)
             nics[index : index + 1] = [nic]
+        case SetNic():
+            nics[change.index] = _set(_existing(spec, change.index), change)
         case RemoveNic(index=index):
             _existing(spec, index)
             cards = len(nics) if cards is None else cards
@@ -49,6 +56,53 @@ def changed(spec: VMSpec, identity: Identity, change: Change) -> tuple[VMSpec, I
     if len(macs) != len(set(macs)):
         raise InvalidInput(f"{spec.name} has a card with this MAC address already", field="mac")
     return spec.model_copy(update={"nics": tuple(nics)}), identity.model_copy(update={"cards": cards})
+
+
+def check_live(spec: VMSpec, identity: Identity, change: SetNic) -> None:
+    """Raise `ActionRefused` for what a card of a running VM cannot become: QEMU has no words for it."""
+    old, new = spec.nics[change.index], _set(spec.nics[change.index], change)
+    for what, before, after in (
+        ("model", old.model, new.model),
+        ("MAC address", identity.macs[change.index], new.mac or identity.macs[change.index]),
+        ("mode", old.mode, new.mode),
+    ):
+        if before != after:
+            raise ActionRefused(
+                f"the {what} of card {change.index} is {before} for as long as {spec.name} runs",
+                hint=f"inn stop {spec.name} first; or take the card away (inn nic rm) and add another (inn nic add)",
+            )
+
+
+def replugged(old: VMSpec, new: VMSpec) -> list[int]:
+    """Cards that have come into another network or have another address there: their guest has to ask for it."""
+    pairs = enumerate(zip(old.nics, new.nics, strict=False))
+    return [
+        index
+        for index, (before, after) in pairs
+        if before.mode == after.mode == "network" and (before.network, before.address) != (after.network, after.address)
+    ]
+
+
+def _set(nic: NicSpec, change: SetNic) -> NicSpec:
+    """The card with what the change names. Raises `InvalidInput`."""
+    wish = {key: value for key, value in change if key in NicSpec.model_fields and value is not None}
+    if change.network not in (None, nic.network):
+        wish = {"mode": "network", "address": None} | wish
+    if change.limit == 0:
+        wish["limit"] = None
+    if not wish:
+        raise InvalidInput("nothing of the card is to change", hint="say what: --network, --limit, --link, …")
+    return _with(nic, change.index, wish)
+
+
+def _with(nic: NicSpec, index: int, fields: Mapping[str, object]) -> NicSpec:
+    """The card with these fields. Raises `InvalidInput`."""
+    try:
+        return NicSpec.model_validate({**dict(nic), **fields})
+    except ValidationError as error:
+        (first, *_) = error.errors()
+        words = str(first["msg"]).removeprefix("Value error, ")
+        raise InvalidInput(f"card {index}: {words}", field=".".join(map(str, first["loc"]))) from None
 
 
 def _existing(spec: VMSpec, index: int) -> NicSpec:

@@ -55,6 +55,11 @@ async def unplug(monitor: Monitor, index: int, seconds: float) -> None:
     await _drop_netdev(monitor, f"net{index}")
 
 
+async def set_link(monitor: Monitor, index: int, *, up: bool) -> None:
+    """The cable of a card in or out."""
+    await monitor.execute("set_link", {"name": f"nic{index}", "up": up})
+
+
 async def _drop_netdev(monitor: Monitor, name: str) -> None:
     try:
         await monitor.execute("netdev_del", {"id": name})

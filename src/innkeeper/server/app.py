@@ -11,6 +11,7 @@ from innkeeper import __version__
 from innkeeper.server import (
     problems,
     routes_apply,
+    routes_firewall,
     routes_forks,
     routes_guest,
     routes_host,
@@ -37,7 +38,8 @@ def create_app(context: Context | None = None) -> FastAPI:
     )
     app.state.context = context
     for module in (
-        routes_host, routes_forks, routes_images, routes_networks, routes_nics, routes_vms, routes_snapshots,
+        routes_host, routes_forks, routes_images, routes_networks, routes_nics, routes_firewall, routes_vms,
+        routes_snapshots,
         routes_guest, routes_apply,
     ):  # fmt: skip
         app.include_router(module.router)

@@ -20,6 +20,7 @@ from innkeeper.operations.network_default import ensure_default
 from innkeeper.operations.world import World
 from innkeeper.server.views import VMViews
 from innkeeper.spec.nic import NicSpec
+from innkeeper.spec.wiring import SetNic
 from innkeeper.store.contract import Value
 
 
@@ -35,7 +36,7 @@ class Context:
     def __post_init__(self) -> None:
         self.views = VMViews(self.world)
 
-    async def have_default(self, nics: Iterable[NicSpec]) -> None:
+    async def have_default(self, nics: Iterable[NicSpec | SetNic]) -> None:
         """Make the network `default` if one of the cards is to be in it and nobody has made it. Raises
         `NetworkFailed`."""
         await ensure_default(self.world, self.engine, [nic.network for nic in nics])

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
+from innkeeper.spec.firewall import FirewallChange, FirewallRule
 from innkeeper.spec.network import Mode
 from innkeeper.spec.quantity import ImageName, ImageReference, Model, Name
 from innkeeper.spec.vm import VMSpec
@@ -173,10 +174,10 @@ class CheckView(Open):
 
 
 class NicView(Open):
-    """`index`: its number, which it keeps. The tap is that of a card in a network, or the macvtap of one on `parent`,
-    an interface of the host; `function`, while it runs, the PCI address of its virtual function. Where the network
-    outside gives addresses, the guest's agent tells them. `dropped`: packets that it sent as somebody else, or as only
-    a router may, since its rules were made."""
+    """`index`: its number, which it keeps; `limit`: bits per second in each direction. The tap is that of a card in a
+    network, or the macvtap of one on `parent`, an interface of the host; `function`, while it runs, the PCI address of
+    its virtual function. Where the network outside gives addresses, the guest's agent tells them. `dropped`: packets
+    that it sent as somebody else, or as only a router may, since its rules were made."""
 
     index: int
     mode: Literal["user", "network", "macvtap", "sriov", "none"]
@@ -187,10 +188,48 @@ class NicView(Open):
     function: str | None
     model: str
     mac: str
+    limit: int | None
+    link: Literal["up", "down"]
     address: str | None
     address6: str | None
     tap: str | None
     dropped: int | None
+
+
+class FirewallRuleView(FirewallRule):
+    """`packets` and `bytes` that it has judged since the rules were last changed."""
+
+    number: int
+    packets: int
+    bytes: int
+
+
+class FirewallView(Open):
+    """What a VM's cards in networks let in and out: the first rule that fits counts, then `inbound` or `outbound`.
+    `defaults`: packets that these have judged."""
+
+    vm: str
+    inbound: Literal["allow", "deny"]
+    outbound: Literal["allow", "deny"]
+    tags: list[str]
+    rules: list[FirewallRuleView]
+    defaults: dict[Literal["in", "out"], int]
+
+
+class DeniedView(Open):
+    """What was denied: `packets` from or to `peer`, the last of them at `last`. `name` is the peer's where it is a
+    guest or the host, `port` the receiver's, `rule` the number of the rule that denies it as the rules are now, null
+    for the default."""
+
+    nic: int
+    direction: Literal["in", "out"]
+    protocol: str
+    peer: str
+    name: str | None
+    port: int | None
+    packets: int
+    last: str
+    rule: int | None
 
 
 class PortView(Open):
@@ -297,6 +336,12 @@ class NicsRequest(Model):
 
     change: Change
     by: str = Field(default="", max_length=200, description="Who asks for it, for people")
+
+
+class FirewallRequest(Model):
+    """Change a VM's firewall rules or tags."""
+
+    change: FirewallChange
 
 
 class SnapshotRequest(Model):

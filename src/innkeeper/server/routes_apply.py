@@ -12,6 +12,7 @@ from innkeeper.base.errors import ActionRefused, InvalidInput
 from innkeeper.machine.states import admit
 from innkeeper.operations.converge import differences, needs_new_vm
 from innkeeper.operations.vm_create import arguments
+from innkeeper.operations.vm_update import AT_ONCE
 from innkeeper.server.context import Context, Ctx, VMName
 from innkeeper.server.models import ApplyRequest, ApplyView, Export, ManifestChange
 from innkeeper.server.problems import invalid
@@ -90,7 +91,8 @@ async def _compare(ctx: Context, manifest: VMManifest | ImageManifest, planned: 
         )  # fmt: skip
     running = vm["state"] in ("running", "starting", "paused")
     if found:
-        note = "takes effect at its next restart" if running else ""
+        waits = running and any(difference["field"] not in AT_ONCE for difference in found)
+        note = "takes effect at its next restart" if waits else ""
         return ManifestChange(kind="vm", name=manifest.name, action="update", differences=found, note=note)
     if manifest.state == "running" and not running:
         return ManifestChange(kind="vm", name=manifest.name, action="start", differences=[])

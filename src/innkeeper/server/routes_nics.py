@@ -13,7 +13,7 @@ from innkeeper.plan.devices import SSH
 from innkeeper.plan.network import macvtap_name
 from innkeeper.server.context import Ctx, VMName, accepted
 from innkeeper.server.models import NicsRequest, NicView, OperationView, PortView
-from innkeeper.spec.wiring import AddNic
+from innkeeper.spec.wiring import AddNic, SetNic
 from innkeeper.store.contract import Value
 
 router = APIRouter(prefix="/v1", tags=["networks"])
@@ -30,6 +30,7 @@ async def list_nics(ctx: Ctx, vm: VMName) -> Response:
     for index, (nic, mac) in enumerate(zip(found["spec"]["nics"], found["identity"]["macs"], strict=True)):
         if nic["mode"] != "absent":
             view = {"index": index, "mac": mac} | {key: nic.get(key) for key in ("mode", "network", "parent", "model")}
+            view |= {"limit": nic.get("limit"), "link": nic.get("link", "up")}
             at = plugged.get(index)
             view |= {key: getattr(at, key, None) for key in ("address", "address6", "tap")}
             if nic["mode"] == "macvtap":
@@ -49,7 +50,8 @@ async def change_nics(ctx: Ctx, vm: VMName, body: NicsRequest) -> Response:
     vm_nics.check(found, body.change)
     if isinstance(body.change, AddNic):
         await host_cards.check(ctx.world, [body.change.nic])
-        await ctx.have_default([body.change.nic])
+    if isinstance(body.change, AddNic | SetNic):
+        await ctx.have_default([body.change.nic if isinstance(body.change, AddNic) else body.change])
     target = {"kind": "vm", "id": found["id"], "name": found["name"]}
     args = vm_nics.arguments(body.change, body.by)
     return accepted(await ctx.engine.submit("vm-nics", target, args, hold=f"vm/{found['id']}"))

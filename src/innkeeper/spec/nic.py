@@ -8,7 +8,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from innkeeper.spec.quantity import Model, Name
+from innkeeper.spec.quantity import Model, Name, Rate
+
+EVERYWHERE, EVERYWHERE4 = "::", "0.0.0.0"
+"""As a socket means them: all addresses of both IP versions; all of IPv4."""
 
 
 class PortForward(Model):
@@ -17,16 +20,35 @@ class PortForward(Model):
     host: int = Field(ge=1, le=65535, description="Port on the host")
     guest: int = Field(ge=1, le=65535, description="Port in the guest")
     protocol: Literal["tcp", "udp"] = "tcp"
-    address: str = Field(default="127.0.0.1", description="Host address that listens; 0.0.0.0 for all")
+    address: str = Field(
+        default="127.0.0.1",
+        description="Host address that listens: one of its own; `::` for all, 0.0.0.0 for all of IPv4",
+    )
     note: str = Field(default="", max_length=1000, description="Why it is there, for people")
 
     @field_validator("address")
     @classmethod
     def _an_address(cls, value: str) -> str:
         try:
-            return str(ipaddress.IPv4Address(value))
+            return str(ipaddress.ip_address(value))
         except ValueError:
-            raise ValueError(f"{value!r} is not an IPv4 address") from None
+            raise ValueError(f"{value!r} is not an IPv4 or IPv6 address") from None
+
+    @property
+    def families(self) -> tuple[int, ...]:
+        """Over which IP versions it leads in: 4, 6."""
+        return (4, 6) if self.address == EVERYWHERE else (6,) if ":" in self.address else (4,)
+
+    @property
+    def everywhere(self) -> bool:
+        """Whether it listens on all addresses, at least of IPv4."""
+        return self.address in (EVERYWHERE, EVERYWHERE4)
+
+    def clashes(self, other: PortForward) -> bool:
+        """Whether both want the same port of the same address."""
+        if (self.protocol, self.host) != (other.protocol, other.host) or not {*self.families} & {*other.families}:
+            return False
+        return self.address == other.address or self.everywhere or other.everywhere
 
 
 Interface = Annotated[str, Field(pattern=r"^[^\s/:]{1,15}$")]
@@ -63,6 +85,10 @@ class NicSpec(Model):
     address: str | None = Field(
         default=None, description="Its IPv4 address in the network, for good; one that is free when absent"
     )
+    limit: Rate | None = Field(
+        default=None, description="Most bits per second in each direction, or text like 100mbit; for cards in networks"
+    )
+    link: Literal["up", "down"] = Field(default="up", description="down: as if somebody had pulled the cable out")
     publish: tuple[PortForward, ...] = ()
 
     @model_validator(mode="after")
@@ -84,9 +110,23 @@ class NicSpec(Model):
         if self.address and self.mode != "network":
             by = "the network outside" if self.parent else "Innkeeper's networks only"
             raise ValueError(f"a card of mode {self.mode!r} cannot be given an address: {by} gives them")
+        if self.limit and self.mode != "network":
+            raise ValueError(
+                f"a card of mode {self.mode!r} takes no limit: its packets pass nothing of the host's that could hold"
+                " them back; put it into a network"
+            )
+        if self.link == "down" and self.mode in ("none", "absent"):
+            raise ValueError(f"a card of mode {self.mode!r} has no cable to pull out")
         if self.publish and self.mode not in ("user", "network"):
             own = ": others reach the guest's own address" if self.parent else ""
             raise ValueError(f"a port cannot be published on a card of mode {self.mode!r}{own}")
+        if self.mode == "network" and any(forward.address == "::1" for forward in self.publish):
+            raise ValueError("Linux leads nothing from ::1 into a network; publish on 127.0.0.1, or on `::` for all")
+        if self.mode == "user" and (beyond := [f.address for f in self.publish if 6 in f.families]):
+            raise ValueError(
+                f"QEMU's own NAT leads in over IPv4 only, not from {beyond[0]}: 0.0.0.0 is all of IPv4; or put the card"
+                " into a nat network"
+            )
         return self
 
     @field_validator("address")

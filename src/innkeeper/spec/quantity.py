@@ -8,7 +8,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from innkeeper.base.errors import InvalidInput
 from innkeeper.base.ids import IMAGE_NAME_PATTERN, IMAGE_REFERENCE_PATTERN, NAME_PATTERN, VERSION_PATTERN
-from innkeeper.base.units import MIB, TIB, parse_size
+from innkeeper.base.units import MIB, TIB, format_rate, parse_rate, parse_size
 
 
 def _size(value: object) -> int:
@@ -18,6 +18,22 @@ def _size(value: object) -> int:
         return parse_size(value)
     except InvalidInput as error:
         raise ValueError(f"{error.detail}; {error.hint}" if error.hint else error.detail) from None
+
+
+def _rate(value: object) -> int:
+    if not isinstance(value, (str, int)) or isinstance(value, bool):
+        raise ValueError("a rate is a number of bits per second or text like 100mbit")
+    try:
+        rate = parse_rate(value)
+    except InvalidInput as error:
+        raise ValueError(f"{error.detail}; {error.hint}") from None
+    if not SLOWEST <= rate <= FASTEST:
+        raise ValueError(f"a rate is from {format_rate(SLOWEST)} to {format_rate(FASTEST)}, not {value!r}")
+    return rate
+
+
+def _new_rate(value: object) -> int:
+    return 0 if value in ("none", 0) and value is not False else _rate(value)
 
 
 def _whole_mebibytes(value: int) -> int:
@@ -39,6 +55,12 @@ MemorySize = Annotated[
     AfterValidator(_whole_mebibytes),
 ]
 DiskSize = Annotated[int, BeforeValidator(_size, json_schema_input_type=int | str), Field(ge=MIB, le=64 * TIB)]
+
+SLOWEST, FASTEST = 64_000, 32_000_000_000
+"""Bits per second. Less is of no use to TCP, more is not in what tc(8) keeps of a token bucket's rate."""
+Rate = Annotated[int, BeforeValidator(_rate, json_schema_input_type=int | str)]
+NewRate = Annotated[int, BeforeValidator(_new_rate, json_schema_input_type=int | str)]
+"""The same; `none` is 0."""
 
 
 class Model(BaseModel):

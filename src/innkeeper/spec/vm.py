@@ -9,6 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from innkeeper.base.units import GIB
 from innkeeper.spec.disk import DiskSpec
+from innkeeper.spec.firewall import FirewallSpec
 from innkeeper.spec.nic import NicSpec
 from innkeeper.spec.quantity import ImageReference, MemorySize, Model, Name
 
@@ -73,7 +74,16 @@ class VMSpec(Model):
     metadata: bool = Field(
         default=False, description="The guest can ask 169.254.169.254 for its own data, user-data included"
     )
+    tags: tuple[Name, ...] = Field(
+        default=(), max_length=50, description="Words that firewall rules and `inn ls` know it by, with others"
+    )
+    firewall: FirewallSpec = Field(default=FirewallSpec(), description="What its cards in networks let in and out")
     note: str = Field(default="", max_length=1000, description="Free text for people")
+
+    @field_validator("tags")
+    @classmethod
+    def _each_once(cls, tags: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(sorted(set(tags)))
 
     @field_validator("iso")
     @classmethod
@@ -89,12 +99,10 @@ class VMSpec(Model):
         for index, disk in enumerate(self.disks):
             if disk.size is None and (index > 0 or not self.image):
                 raise ValueError(f"disk {index} has no size, and no image to take it from")
-        taken: dict[tuple[str, int], set[str]] = {}
-        for forward in (forward for nic in self.nics for forward in nic.publish):
-            addresses = taken.setdefault((forward.protocol, forward.host), set())
-            if addresses and (forward.address in addresses or "0.0.0.0" in {forward.address, *addresses}):
+        forwards = [forward for nic in self.nics for forward in nic.publish]
+        for index, forward in enumerate(forwards):
+            if any(forward.clashes(other) for other in forwards[:index]):
                 raise ValueError(f"host port {forward.host}/{forward.protocol} is published twice")
-            addresses.add(forward.address)
         if self.metadata and not any(nic.network for nic in self.nics):
             raise ValueError("the metadata service is asked through a network: give a card one (--network)")
         macs = [nic.mac for nic in self.nics if nic.mac]

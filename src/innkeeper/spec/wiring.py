@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from innkeeper.spec.nic import NicSpec, PortForward
-from innkeeper.spec.quantity import Model
+from innkeeper.spec.quantity import Model, Name, NewRate
 
 
 class Publish(Model):
@@ -42,4 +42,18 @@ class RemoveNic(Model):
     index: int = Field(ge=0, description="Number of the card")
 
 
-Change = Annotated[Publish | Unpublish | AddNic | RemoveNic, Field(discriminator="do")]
+class SetNic(Model):
+    """Another network, address, limit or link of a card, running or not; another model or MAC while its VM is stopped.
+    What is left out stays as it is."""
+
+    do: Literal["set"] = "set"
+    index: int = Field(ge=0, description="Number of the card")
+    network: Name | None = Field(default=None, description="It gets another address there")
+    address: str | None = None
+    model: Literal["virtio", "e1000e"] | None = None
+    mac: str | None = None
+    limit: NewRate | None = Field(default=None, description="Text like 100mbit, or none: as fast as it goes")
+    link: Literal["up", "down"] | None = None
+
+
+Change = Annotated[Publish | Unpublish | AddNic | SetNic | RemoveNic, Field(discriminator="do")]

@@ -146,6 +146,8 @@ def add_programs(tree: Tree, root: Path, names: Iterable[str]) -> None:
         tree.file(inner, content, 0o755)
         if not name.startswith("/"):
             wanted += [other for other in needed_libraries(content) if not other.startswith("ld-linux")]
+            if b"\0pthread_cancel\0" in content and not name.startswith("libc."):
+                wanted.append("libgcc_s.so.1")  # glibc opens it when that is called
 
 
 def needed_libraries(content: bytes) -> list[str]:
