@@ -24,7 +24,7 @@ from innkeeper.client.errors import ApiError, DaemonUnreachable
 from innkeeper.client.operation import Operation
 from innkeeper.operations.image_verify import digest as _digest
 from innkeeper.plan.chain import file_name
-from innkeeper.plan.network import network_of
+from innkeeper.plan.network import macvtap_name, network_of
 from innkeeper.qemu import cgroup
 from innkeeper.qemu.process import Pid
 
@@ -153,7 +153,11 @@ class House(Daemon):
         if tools := self.tools(set(under("operation/"))):
             yield f"tools are left: {tools}"
         if self.namespace:
-            yield from self._networks(self.namespace, networks, documents.get("subnets/ipv4", {}), deleting)
+            macvtaps = {macvtap_name(vm, 0) for vm in under("live/") if vms[vm]["spec"]["nics"][0]["mode"] == "macvtap"}
+            if {name.name for name in Path("/dev").glob("innm-*")} & macvtaps:
+                yield "a device node is left"
+            subnets = documents.get("subnets/ipv4", {})
+            yield from self._networks(self.namespace, networks, macvtaps, subnets, deleting)
         yield from self._claims(vms, images, documents)
         yield from self._folders(vms, images, under("layer/"))
         yield from self._snapshots(vms, under("snapshot/"), under("layer/"))
@@ -212,15 +216,17 @@ class House(Daemon):
         if secrets != set(vms):
             yield f"secrets of {secrets ^ set(vms)} have no VM, or the other way round"
 
-    def _networks(self, host: str, networks: dict[str, Any], subnets: dict[str, Any], deleting: bool) -> Iterator[str]:
+    def _networks(
+        self, host: str, networks: dict[str, Any], macvtaps: set[str], subnets: dict[str, Any], deleting: bool
+    ) -> Iterator[str]:
         if subnets != {id: network["subnet"] for id, network in networks.items()}:
             yield f"claimed are the subnets {subnets}"
         if deleting and any(network["state"] == "deleting" for network in networks.values()):
             return  # of what it had on the host, any part may be gone
         known = {network_of(network) for network in networks.values()}
         links = {link["ifname"]: link for link in json.loads(run(host, "ip", "-j", "addr"))}
-        if links.keys() != {"lo", UPLINK, FAR_END, *(network.bridge for network in known)}:
-            yield f"the host has {set(links)}, and the networks are {set(networks)}"
+        if links.keys() != {"lo", UPLINK, FAR_END, *macvtaps, *(network.bridge for network in known)}:
+            yield f"the host has {set(links)}, and the networks are {set(networks)}, the macvtaps {macvtaps}"
         taken_in = [network.bridge for network in known if network.parent]
         has_the_address = [name for name, link in links.items() if UPLINK_ADDRESS in str(link["addr_info"])]
         if has_the_address != (taken_in or [UPLINK]) or [links[UPLINK].get("master")] != (taken_in or [None]):
@@ -228,7 +234,7 @@ class House(Daemon):
         if not any(route["dst"] == "default" for route in json.loads(run(host, "ip", "-j", "route"))):
             yield "the host's way out is gone"
         tables = json.loads(run(host, "nft", "-j", "list", "tables"))["nftables"][1:]
-        if len(tables) != (2 if networks else 0):
+        if len(tables) != (2 if networks else 0) + len(macvtaps):
             yield f"the host has the tables {tables}, and the networks are {set(networks)}"
         with_subnet = [network for network in known if network.subnet]
         if run(host, "cat", "/proc/sys/net/ipv4/ip_forward") != ("1\n" if with_subnet else "0\n"):

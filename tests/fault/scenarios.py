@@ -52,6 +52,10 @@ def make(house: House) -> None:
     house.inn.create(spec(), start=False).wait()
 
 
+def make_on_interface(house: House) -> None:
+    house.inn.create(spec(nics=[{"mode": "macvtap", "parent": UPLINK}]), start=False).wait()
+
+
 def run(house: House) -> None:
     house.inn.create(spec(), ready=False).wait()
 
@@ -528,6 +532,7 @@ SCENARIOS: dict[str, Scenario] = {
     "vm-clone, stopped": Scenario(clone(), cloned(4, 4), not_cloned(4), have_snapshots(make_two_disks)),
     "vm-clone, stopped and linked": Scenario(clone(linked=True), cloned(2, 1), not_cloned(1), make_two_disks),
     "vm-start": Scenario(act("start"), state("running"), state("stopped"), make),
+    "vm-start, on an interface": Scenario(act("start"), state("running"), state("stopped"), make_on_interface),
     "vm-start, a clone": Scenario(act("start"), itself, state("stopped"), have_clone),
     "vm-stop": Scenario(act("stop", force=True), state("stopped"), state("running", "stopped"), run),
     "vm-restart": Scenario(act("restart", force=True), state("running"), state("running", "stopped"), run),

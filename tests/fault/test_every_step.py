@@ -87,7 +87,8 @@ def elsewhere():
 
 @pytest.fixture
 def house(kept, request):
-    of_networks = request.node.callspec.params["name"].startswith("network-")
+    name = request.node.callspec.params["name"]
+    of_networks = name.startswith("network-") or name.endswith("on an interface")
     where = request.getfixturevalue("elsewhere") if of_networks else None
     if kept and kept[0].namespace != where:
         kept.pop().clean()

@@ -16,7 +16,7 @@ from innkeeper.host.facts import Cgroup, Cpu, Firmware, HostFacts, Kernel, Memor
 from innkeeper.plan.chain import Chain, Layer
 from innkeeper.plan.command import Files, command
 from innkeeper.plan.identity import Identity, assign
-from innkeeper.plan.options import Constants, Plan
+from innkeeper.plan.options import Constants, Macvtap, Passt, Plan, Tap
 from innkeeper.spec.image import Image
 from innkeeper.spec.vm import VMSpec
 
@@ -88,6 +88,7 @@ class Case:
     slot: int = 7
     ssh_port: int | None = 22007
     ram: str = ""
+    functions: dict[int, str] = field(default_factory=dict)
     how: dict[str, Any] = field(default_factory=dict)
     """What else `command` is told."""
 
@@ -109,7 +110,7 @@ class Case:
             spec, identity or self.identity(), self.facts(), image(self.image) if self.image != "none" else None,
             Files(
                 chains(spec, f"{folder}/disk.qcow2" if self.image == "disk" else None), folder,
-                "seed.iso" if self.seed else "", self.disc, self.ignition, self.ram,
+                "seed.iso" if self.seed else "", self.disc, self.ignition, self.ram, self.functions,
             ),
             **self.how,
         )  # fmt: skip
@@ -219,6 +220,40 @@ GOING_ON = (
 """Those that boot nothing but wait for saved memory, and the one that theirs is of: a device that one of them has and
 another has not, and what was saved cannot be loaded."""
 
+ON_HOST = (
+    Case(
+        "nic-macvtap",
+        {
+            "nics": [
+                {"mode": "macvtap", "parent": "eth0"},
+                {"mode": "network", "network": "lab"},
+                {"mode": "macvtap", "parent": "wan,fd=0", "macvtap_mode": "vepa", "model": "e1000e"},
+            ]
+        },
+    ),
+    Case(
+        "nic-passt",
+        {
+            "nics": [
+                {"backend": "passt", "publish": [{"host": 8080, "guest": 80}]},
+                {"backend": "passt", "publish": [{"host": 53, "guest": 53, "protocol": "udp", "address": "0.0.0.0"}]},
+            ]
+        },
+    ),
+    Case(
+        "nic-sriov",
+        {"nics": [{"mode": "sriov", "parent": "ens1f0", "vlan": 100}, {}, {"mode": "sriov", "parent": "ens1f1"}]},
+        functions={0: "0000:3b:02.0", 2: "0000:3b:0a.3"},
+    ),
+)
+"""Those with cards on interfaces of the host, which is not the one that the tests run on."""
+
+
+def _on(tap: Tap) -> str:
+    if isinstance(tap, Passt):
+        return f", passt as user {tap.uid}: {' '.join(tap.words())}"
+    return f", macvtap on {tap.parent}, {tap.mode}, {tap.mac}" if isinstance(tap, Macvtap) else ""
+
 
 def text(plan: Plan) -> str:
     """One option per line; what is not ASCII, or would break a line, is escaped."""
@@ -234,7 +269,9 @@ def text(plan: Plan) -> str:
         else:
             lines.append(f"{option.flag} {json.dumps(option.value)}")
     lines += [f"# fdset {number}: {json.dumps(path)}" for number, path in enumerate(plan.fdsets, 1)]
-    lines += [f"# tap: {tap.name} for {tap.netdev}" for tap in plan.taps]
+    lines += [f"# tap: {tap.name} for {tap.netdev}{_on(tap)}" for tap in plan.taps]
+    if plan.locked:
+        lines.append(f"# may lock: {plan.locked} bytes")
     if plan.ram:
         lines.append(f"# ram: {plan.ram.size} bytes of {json.dumps(plan.ram.path)}")
     lines.append(f"# user: {plan.uid}, groups: {list(plan.groups)}")

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from innkeeper.plan import doctor_parents
 from innkeeper.plan.doctor import CHECKS, diagnose
 from innkeeper.plan.network import network_of, network_record
 from innkeeper.plan.rivals import drops, packet
@@ -113,4 +114,18 @@ def test_a_packet_in_somebody_elses_chains(rules, where):
 def test_the_page_has_every_finding():
     rows = [line.split("|")[1:-1] for line in PAGE.read_text().splitlines() if line.startswith("| `")]
     listed = {row[0].strip(" `"): (row[1].strip(), row[3].strip(), row[-1].strip()) for row in rows}
-    assert listed == {check.code: (check.level, check.means, "yes" if check.safe else "") for check in CHECKS}
+    of_networks = {check.code: (check.level, check.means, "yes" if check.safe else "") for check in CHECKS}
+    assert listed == of_networks | {check.code: (check.level, check.means, "") for check in doctor_parents.CHECKS}
+
+
+def test_an_interface_that_cards_are_on():
+    vms = [
+        {"name": name, "spec": {"nics": [{"mode": "user"}, {"mode": "macvtap", "parent": parent}]}}
+        for name, parent in (("web", "eth0"), ("db", "eth1"), ("mail", "eth1"), ("dns", "eth2"))
+    ]
+    seen = Survey(links={"eth0": Link("eth0"), "eth1": Link("eth1", up=False)})
+    found = doctor_parents.diagnose(doctor_parents.parents(vms), seen)
+    assert [(finding.code, finding.what) for finding in found] == [
+        ("parent-gone", "eth2 is not there, and cards of dns are on it"),
+        ("parent-down", "eth1 is down, and cards of db, mail are on it"),
+    ]

@@ -26,7 +26,7 @@ from innkeeper.spec.firewall import AddRule, FirewallRule, FirewallSpec, RemoveR
 from innkeeper.spec.nic import PortForward
 from innkeeper.spec.vm import VMSpec
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "firewall.txt"
+GOLDEN = Path(__file__).parents[1] / "golden" / "firewall.nft"
 
 
 def network(letter, name, mode, subnet, *, ipv6=True):

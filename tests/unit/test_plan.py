@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from golden.hostile import hostile_strings
-from golden.specs import CASES, GOING_ON, IMAGE_DIR, KEY, NASTY_DIR, VM_ID, Case, host, text
+from golden.specs import CASES, GOING_ON, IMAGE_DIR, KEY, NASTY_DIR, ON_HOST, VM_ID, Case, host, text
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -32,7 +32,7 @@ BY_NAME = {case.name: case for case in CASES}
 # --- golden files ---
 
 
-@pytest.mark.parametrize("case", (*CASES, *GOING_ON), ids=lambda case: case.name)
+@pytest.mark.parametrize("case", (*CASES, *GOING_ON, *ON_HOST), ids=lambda case: case.name)
 def test_golden(case):
     path = GOLDEN / f"{case.name}.txt"
     if os.environ.get("INNKEEPER_UPDATE_GOLDEN"):
@@ -41,7 +41,7 @@ def test_golden(case):
 
 
 def test_no_golden_file_is_left_over():
-    assert {path.stem for path in GOLDEN.glob("*.txt")} == {case.name for case in (*CASES, *GOING_ON)}
+    assert {path.stem for path in GOLDEN.glob("*.txt")} == {case.name for case in (*CASES, *GOING_ON, *ON_HOST)}
     assert len(CASES) >= 25
 
 
@@ -95,7 +95,9 @@ def check(plan: Plan, spec: VMSpec) -> None:
     assert [d["bootindex"] for d in disks] == list(range(1, len(disks) + 1))
     assert [d.get("serial", "") for d in disks] == [disk.serial for disk in spec.disks]
     nics = [d for d in devices if d["id"].startswith("nic")]
-    assert [d["driver"] for d in nics] == [{"virtio": "virtio-net-pci"}.get(n.model, n.model) for n in spec.nics]
+    assert [d["driver"] for d in nics] == [
+        "vfio-pci" if n.mode == "sriov" else {"virtio": "virtio-net-pci"}.get(n.model, n.model) for n in spec.nics
+    ]
     assert all(device["driver"] != "ide-hd" for device in devices)
     # Nothing is in anything's place, and whatever is named is there.
     for unique in ("-device", "-object", "-netdev"):
@@ -104,7 +106,8 @@ def check(plan: Plan, spec: VMSpec) -> None:
     nodes = [value["node-name"] for value in jsons(plan, "-blockdev")]
     assert len(nodes) == len(set(nodes))
     assert {d["drive"] for d in devices if "drive" in d} <= set(nodes)
-    assert {d["netdev"] for d in devices if "netdev" in d} == {n["id"] for n in jsons(plan, "-netdev")}
+    netdevs = {n["id"] for n in jsons(plan, "-netdev")} | {tap.netdev for tap in plan.taps}
+    assert {d["netdev"] for d in devices if "netdev" in d} == netdevs
     addresses = [d["addr"] for d in devices if d.get("bus") == "pcie.0"]
     slots = [a if "." in a else f"{a}.0" for a in addresses]
     assert len(slots) == len(set(slots)) and len({d["chassis"] for d in devices if "chassis" in d}) == sum(
@@ -138,7 +141,7 @@ def jsons(plan: Plan, flag: str) -> list[dict]:
     return [json.loads(value) for name, value in zip(flags, values, strict=True) if name == flag]
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", (*CASES, *ON_HOST), ids=lambda case: case.name)
 def test_the_rules_hold(case):
     check(case.plan(), case.vmspec())
 

@@ -29,6 +29,7 @@ STARTS_PROGRAMS = {
     "client/daemon.py": "innkeeperd",
     "network/firewall.py": "nft, conntrack",
     "network/resolver.py": "dnsmasq",
+    "network/passt.py": "passt",
     "cli": "ssh, ssh-keygen",
 }
 """Where a program may be started, and which."""

@@ -32,6 +32,20 @@ SSH_KEY = A(
 )
 ADDRESS = A(("--address",), "its IPv4 address in the network; a free one by default", {"metavar": "ADDRESS"})
 NETWORK = A(("--network",), "network to join, made with inn network create", {"metavar": "NETWORK"}, "network")
+MACVTAP = A(
+    ("--macvtap",),
+    "interface of the host, like eth0, whose network the guest is in, past the host itself",
+    {"metavar": "INTERFACE"},
+)
+MACVTAP_MODE = A(
+    ("--macvtap-mode",),
+    "to other guests on that interface: bridge (default), directly; vepa, by the switch outside; private, not at all",
+    {"choices": ("bridge", "vepa", "private")},
+)
+SRIOV = A(
+    ("--sriov",), "interface of the host of which the guest gets a virtual function (SR-IOV)", {"metavar": "INTERFACE"}
+)
+VLAN = A(("--vlan",), "VLAN outside that the virtual function is in", {"metavar": "N", "type": int})
 LIMIT = A(
     ("--limit",),
     "most that it sends, and most that it receives, per second, like 100mbit",

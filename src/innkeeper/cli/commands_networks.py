@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from innkeeper.cli.arguments import ADDRESS, BETWEEN, LIMIT, NETWORK, NO_WAIT, VM
+from innkeeper.cli.arguments import ADDRESS, BETWEEN, LIMIT, MACVTAP, MACVTAP_MODE, NETWORK, NO_WAIT, SRIOV, VLAN, VM
 from innkeeper.cli.parser import new_rate, ports
 from innkeeper.cli.table import Argument as A
 from innkeeper.cli.table import Command as C
@@ -139,7 +139,15 @@ NETWORKS: tuple[C, ...] = (
         (
             VM,
             NETWORK,
-            A(("--mode",), "without --network: user (default), or none for no cable", {"choices": ("user", "none")}),
+            MACVTAP,
+            MACVTAP_MODE,
+            SRIOV,
+            VLAN,
+            A(
+                ("--mode",),
+                "without --network: user (default), QEMU's NAT; passt; or none for no cable",
+                {"choices": ("user", "passt", "none")},
+            ),
             A(("--model",), "virtio (default) or e1000e", {"choices": ("virtio", "e1000e"), "default": "virtio"}),
             A(("--mac",), "its MAC address; by default made from the VM's id", {"metavar": "MAC"}),
             ADDRESS,

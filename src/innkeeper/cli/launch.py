@@ -12,6 +12,7 @@ from innkeeper.cli import identity, terminal
 from innkeeper.cli.execute import environment
 from innkeeper.cli.keys import public_keys
 from innkeeper.cli.names import friendly_name
+from innkeeper.cli.nics import one_way
 from innkeeper.cli.parser import usage_error
 from innkeeper.cli.progress import conclude
 from innkeeper.cli.vms import ports
@@ -27,8 +28,7 @@ def launch(inn: Innkeeper, args: Namespace) -> int:
         raise usage_error(args, "name an image to start from, or a disc with --iso (images: inn image ls)")
     if args.nic == "none" and args.publish:
         raise usage_error(args, "--publish needs a network card whose cable is plugged in: drop --nic none")
-    if args.nic and args.network:
-        raise usage_error(args, "--network and --nic are two ways of saying where the card is plugged in: drop one")
+    one_way(args, "network", "macvtap", "sriov", "nic")
     if args.address and not args.network:
         raise usage_error(args, "--address is in a network: add --network (inn network ls)")
     if args.limit and not args.network:
@@ -48,6 +48,10 @@ def launch(inn: Innkeeper, args: Namespace) -> int:
         "publish": args.publish or (),
         "nic": args.nic,
         "network": args.network,
+        "macvtap": args.macvtap,
+        "macvtap_mode": args.macvtap_mode,
+        "sriov": args.sriov,
+        "vlan": args.vlan,
         "address": args.address,
         "limit": args.limit,
         "user": args.user,

@@ -28,8 +28,9 @@ def doctor(inn: Innkeeper, args: Namespace) -> int:
 def _finding(finding: dict[str, Any]) -> str:
     mark, style = ("✓", "green") if finding["fixed"] else LEVELS[finding["level"]]
     state = "  put right" if finding["fixed"] else ""
+    names = f": {', '.join(finding['networks'])}" if finding["networks"] else ""
     heading = terminal.paint(f"{mark} {terminal.clean(finding['what'])}", f"bold {style}" if style != "dim" else style)
-    code = terminal.paint(f"  {finding['code']}: {', '.join(finding['networks'])}{state}", "dim")
+    code = terminal.paint(f"  {finding['code']}{names}{state}", "dim")
     lines = [f"{heading}{code}"]
     rows = [("seen", line, "") for line in finding["evidence"]] + [("so", finding["consequence"], "")]
     if not finding["fixed"]:

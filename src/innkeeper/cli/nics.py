@@ -8,7 +8,7 @@ from innkeeper.base.units import format_rate
 from innkeeper.cli import terminal
 from innkeeper.cli.parser import usage_error
 from innkeeper.cli.progress import conclude
-from innkeeper.cli.vms import described
+from innkeeper.cli.vms import described, where
 from innkeeper.client import Innkeeper, Operation
 
 
@@ -20,17 +20,16 @@ def ls(inn: Innkeeper, args: Namespace) -> int:
         for card in cards:
             terminal.say(str(card["index"]))
     elif cards:
-        words = {"user": "user-mode NAT", "none": "cable not plugged in"}
         rows = [
             (
                 (str(card["index"]), "bold"),
                 card["mac"],
                 card["model"],
-                card["network"] or (words.get(card["mode"], card["mode"]), "dim"),
+                card["network"] or (where(card), "dim"),
                 ", ".join(filter(None, (card["address"], card["address6"]))),
                 format_rate(card["limit"]) if card["limit"] else "",
                 ("down", "yellow") if card["link"] == "down" else "",
-                (card["tap"] or "", "dim"),
+                (card["tap"] or card["function"] or "", "dim"),
                 (str(card["dropped"]), "yellow") if card["dropped"] else "",
             )
             for card in cards
@@ -44,21 +43,35 @@ def ls(inn: Innkeeper, args: Namespace) -> int:
 
 
 def add(inn: Innkeeper, args: Namespace) -> int:
-    if args.network and args.mode:
-        raise usage_error(args, "--network and --mode are two ways of saying where the card is plugged in: drop one")
+    one_way(args, "network", "macvtap", "sriov", "mode")
     vm = inn.vm(args.vm)
     before = {card["index"] for card in vm.nics}
     for option in ("address", "limit"):
         if getattr(args, option) and not args.network:
             raise usage_error(args, f"--{option} is of a card in a network: add --network")
     more = {"model": args.model, "mac": args.mac, "address": args.address, "limit": args.limit}
+    more |= {name: getattr(args, name) for name in ("macvtap", "macvtap_mode", "sriov", "vlan")}
     operation = vm.nic_add(network=args.network, mode=args.mode or "user", **more)
     return conclude(args, operation, lambda done: _added(inn, done, before))
 
 
+def one_way(args: Namespace, *options: str) -> None:
+    """A card is plugged in in one way only. Raises `UsageError`."""
+    given = [f"--{name}" for name in options if getattr(args, name)]
+    if len(given) > 1:
+        two = " and ".join(given)
+        raise usage_error(args, f"{two} are ways of saying where the card is plugged in: drop all but one")
+    if args.macvtap_mode and not args.macvtap:
+        raise usage_error(args, "--macvtap-mode is of --macvtap")
+    if args.vlan and not args.sriov:
+        raise usage_error(args, "--vlan is of --sriov")
+
+
 def _added(inn: Innkeeper, operation: Operation, before: set[int]) -> str:
     (card,) = [card for card in inn.vm(operation.target).nics if card["index"] not in before]
-    return f"{operation.target} has card {card['index']}: {', '.join(filter(None, described(card)))}"
+    said = [f"{operation.target} has card {card['index']}: {', '.join(filter(None, described(card)))}"]
+    said += [terminal.paint(terminal.clean(text), "yellow") for text in operation.result.get("warnings") or ()]
+    return "\n".join(said)
 
 
 def change(inn: Innkeeper, args: Namespace) -> int:

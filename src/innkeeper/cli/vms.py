@@ -74,11 +74,19 @@ def forward(one: dict[str, Any]) -> str:
     return f"{host}→{one['guest']}" + ("/udp" if one.get("protocol") == "udp" else "")
 
 
+def where(card: dict[str, Any]) -> str:
+    """What a card is plugged into, in words."""
+    words = {"user": "user-mode NAT", "none": "cable not plugged in"}
+    if card["mode"] == "user" and card.get("backend") == "passt":
+        return "user-mode NAT by passt"
+    vlan = f", VLAN {card['vlan']}" if card.get("vlan") else ""
+    return card.get("network") or words.get(card["mode"]) or f"{card['mode']} on {card.get('parent')}{vlan}"
+
+
 def described(card: dict[str, Any]) -> tuple[str, ...]:
     """Where a card is plugged in, its address, its limit, and whether its cable is in; as a spec or the API has it."""
-    words = {"user": "user-mode NAT", "none": "cable not plugged in"}
     return (
-        f"in {card['network']}" if card.get("network") else words.get(card["mode"], card["mode"]),
+        f"in {card['network']}" if card.get("network") else where(card),
         card.get("address") or "",
         f"at most {format_rate(card['limit'])}" if card.get("limit") else "",
         "link down" if card.get("link") == "down" else "",
@@ -163,7 +171,7 @@ def _disks(vm: dict[str, Any]) -> list[tuple[str, Any]]:
 def _network(vm: dict[str, Any], spec: dict[str, Any], ssh: bool) -> list[tuple[str, Any]]:
     lines: list[tuple[str, Any]] = []
     for index, nic in enumerate(nic for nic in spec.get("nics") or () if nic.get("mode") != "absent"):
-        address = vm.get("address") if not index and nic.get("network") else None
+        address = vm.get("address") if not index and nic.get("mode") != "user" else None
         lines.append(("" if index else "Network", " · ".join(filter(None, described(nic | {"address": address})))))
     if firewall := _firewall(spec.get("firewall") or {}):
         lines.append(("Firewall", [firewall, (f"  inn firewall ls {vm['name']}", "dim")]))

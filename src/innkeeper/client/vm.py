@@ -145,11 +145,20 @@ class VM:
         mac: str | None = None,
         address: str | None = None,
         limit: str | int | None = None,
+        macvtap: str | None = None,
+        macvtap_mode: str | None = None,
+        sriov: str | None = None,
+        vlan: int | None = None,
     ) -> Operation:
-        """Plug in one more card, at once if it runs: into a network, or with QEMU's own NAT. `address`: in the
-        network, IPv4; `limit`: in a network, `100mbit` or bits per second."""
-        where = {"mode": "network" if network else mode, "network": network, "address": address}
-        nic = where | {"model": model, "mac": mac, "limit": limit}
+        """Plug in one more card, at once if it runs: into a network, onto an interface of the host (`macvtap`), as a
+        virtual function of one (`sriov`), or with a NAT of its own: QEMU's (`mode` user) or that of passt. `address`:
+        in the network, IPv4; `limit`: in a network, `100mbit` or bits per second."""
+        backend = "passt" if mode == "passt" else "qemu"
+        mode = "user" if mode == "passt" else mode
+        mode = "network" if network else "macvtap" if macvtap else "sriov" if sriov else mode
+        nic: dict[str, Any] = {"mode": mode, "network": network, "model": model, "mac": mac, "address": address}
+        nic["limit"] = limit
+        nic |= {"parent": macvtap or sriov, "macvtap_mode": macvtap_mode, "vlan": vlan, "backend": backend}
         return self._rewire({"do": "add", "nic": nic})
 
     def nic_set(

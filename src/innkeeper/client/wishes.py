@@ -49,6 +49,10 @@ def vm_spec(
     publish: Iterable[str] = (),
     nic: str | None = None,
     network: str | None = None,
+    macvtap: str | None = None,
+    macvtap_mode: str | None = None,
+    sriov: str | None = None,
+    vlan: int | None = None,
     address: str | None = None,
     limit: str | int | None = None,
     user: str | None = None,
@@ -74,13 +78,16 @@ def vm_spec(
         "env": dict(env or {}),
     }
     forwards = [parse_publish(text) for text in publish]
-    card: dict[str, Any] = {"mode": "network" if network else nic or "user", "publish": forwards}
-    if network and nic:
-        raise InvalidInput(f"a card cannot be in network {network} and of mode {nic}", hint="drop one of the two")
-    if network:
-        card["network"] = network
-    if address:
-        card["address"] = address
+    ways = {"network": network, "macvtap": macvtap, "sriov": sriov, nic or "user": nic}
+    if len(chosen := [f"{mode} {where}" for mode, where in ways.items() if where]) > 1:
+        raise InvalidInput(f"a card cannot be plugged in twice: {' and '.join(chosen)}", hint="drop one of the two")
+    mode = next((mode for mode, where in ways.items() if where), "user")
+    card: dict[str, Any] = {"mode": mode, "publish": forwards}
+    more = {"network": network, "parent": macvtap or sriov, "macvtap_mode": macvtap_mode, "vlan": vlan}
+    more["address"] = address
+    if nic == "passt":
+        more |= {"mode": "user", "backend": "passt"}
+    card |= {key: value for key, value in more.items() if value}
     if limit:
         card["limit"] = parse_rate(limit)
     if nic == "none" and forwards:
@@ -93,7 +100,7 @@ def vm_spec(
         "firmware": firmware,
         "iso": None if iso is None else str(Path(iso).absolute()),
         "disks": None,
-        "nics": [card] if nic or network or forwards else None,
+        "nics": [card] if chosen or forwards else None,
         "first_boot": {key: value for key, value in first_boot.items() if value not in (None, [], {})} or None,
         "metadata": metadata or None,
         "tags": list(tags) or None,

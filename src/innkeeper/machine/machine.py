@@ -13,11 +13,20 @@ from typing import Any
 import structlog
 
 from innkeeper.base.clock import now
-from innkeeper.base.errors import AgentUnavailable, NotFound, QemuFailed, QemuGone, QmpFailed, StoreFailed
+from innkeeper.base.errors import (
+    AgentUnavailable,
+    NetworkFailed,
+    NotFound,
+    QemuFailed,
+    QemuGone,
+    QmpFailed,
+    StoreFailed,
+)
 from innkeeper.base.home import Home
 from innkeeper.base.nofollow import open_file
 from innkeeper.base.units import MIB
 from innkeeper.machine.reaction import HELD, NO_SPACE, Reaction, Status, react
+from innkeeper.network import macvtap, sriov
 from innkeeper.qemu import cgroup, guest_memory, migration, waiter
 from innkeeper.qemu.agent import Agent
 from innkeeper.qemu.monitor import Monitor
@@ -51,6 +60,11 @@ async def clean(home: Home, vm_id: str) -> None:
     """Remove what a QEMU leaves behind on the host."""
     for name in SOCKETS:
         (home.vm(vm_id) / name).unlink(missing_ok=True)
+    try:
+        await macvtap.leave_only(vm_id, (), home.networks)
+        await sriov.leave_only(vm_id, (), home.networks)
+    except NetworkFailed as error:  # the next daemon does
+        log.error("what its cards were on cannot be put back", vm=vm_id, error=str(error))
     await cgroup.remove(home, vm_id)
 
 

@@ -11,13 +11,14 @@ from typing import Any
 import structlog
 
 from innkeeper.base.clock import now
-from innkeeper.base.errors import InnkeeperError, QemuFailed, QmpFailed, StoreFailed
+from innkeeper.base.errors import InnkeeperError, NetworkFailed, QemuFailed, QmpFailed, StoreFailed
 from innkeeper.base.home import Home
 from innkeeper.base.units import MIB
 from innkeeper.machine.machine import Machine, clean
 from innkeeper.machine.reaction import NO_SPACE
 from innkeeper.machine.serial_log import bound
 from innkeeper.machine.states import LIVE
+from innkeeper.network import macvtap, sriov
 from innkeeper.plan.options import Plan
 from innkeeper.qemu import cgroup
 from innkeeper.qemu.process import LOG, Pid, Process, find, last_words, spawn
@@ -146,6 +147,11 @@ class Machines:
         for vm_id in await cgroup.list_ours(self._home):
             if vm_id not in self._live:
                 await cgroup.remove(self._home, vm_id)
+        try:
+            await macvtap.sweep(self._live, self._home.networks)
+            await sriov.sweep(self._live, self._home.networks)
+        except NetworkFailed as error:
+            log.error("what cards were on that nobody uses cannot be put back", error=str(error))
 
     async def _adopt_one(self, vm: Value, pid: Pid) -> None:
         try:

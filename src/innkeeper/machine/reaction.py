@@ -82,6 +82,10 @@ def react(status: Status, event: str, data: Mapping[str, Any], *, disc: bool) ->
         return Reaction(replace(status, pausing=PANICKED), news)
     if event == "VSERPORT_CHANGE" and data.get("id") == "agent0":
         return Reaction(replace(status, agent=bool(data.get("open"))))
+    if event == "NETDEV_STREAM_DISCONNECTED":
+        card = str(data.get("netdev-id")).removeprefix("net")
+        text = f"has no network any more on card {card}, until its next start: its passt has ended"
+        return Reaction(status, (News("nic.lost", text, "warning"),))
     if event == "RESET":
         return Reaction(replace(status, agent=False))
     return Reaction(status)

@@ -7,7 +7,7 @@ import json
 import re
 import secrets
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 
 from innkeeper.base.child import start_child
@@ -15,6 +15,7 @@ from innkeeper.base.errors import NetworkFailed, ToolMissing
 from innkeeper.host.gather import find_tool
 from innkeeper.plan import filter, sender
 from innkeeper.plan.filter import BOTH, DENIALS
+from innkeeper.plan.network import MACVTAP
 from innkeeper.plan.nft import NAME, Command
 from innkeeper.plan.ruleset import TABLES, counts, objects
 
@@ -42,6 +43,24 @@ def is_own(pid: int) -> bool:
 async def is_whole(commands: Sequence[Command]) -> bool:
     """Whether what these commands make is there, and nothing of ours besides."""
     return objects(commands) == objects(await _listed())
+
+
+async def has(commands: Sequence[Command], table: tuple[str, str]) -> bool:
+    """Whether what these commands make in one table is there."""
+    return objects(commands) <= objects(await _listed([table]))
+
+
+async def tables(family: str, prefix: str) -> set[str]:
+    """Names of a family's tables that begin so."""
+    _, text, _ = await _run("nft", "-j", "list", "tables", family)
+    found = [entry["table"]["name"] for entry in json.loads(text or "{}").get("nftables", ()) if "table" in entry]
+    return {name for name in found if name.startswith(prefix)}
+
+
+async def packets(table: tuple[str, str], name: str) -> int:
+    """Packets of one named counter; 0 where it is not there."""
+    found = [command["counter"] for command in await _listed([table]) if "counter" in command]
+    return next((int(counter["packets"]) for counter in found if counter["name"] == name), 0)
 
 
 async def dropped() -> dict[str, int]:
@@ -148,7 +167,7 @@ async def of_others(*, lines: bool) -> tuple[list[Command], dict[tuple[str, str,
     found: list[Command] = []
     words: dict[tuple[str, str, int], str] = {}
     for family, name in ((table["family"], table["name"]) for table in tables):
-        if (family, name) in TABLES or name.startswith(CHECK):
+        if (family, name) in TABLES or name.startswith((CHECK, MACVTAP)):
             continue
         status, text, _ = await _run("nft", "-j", "list", "table", family, name)
         found += json.loads(text)["nftables"] if status == 0 else []
@@ -159,7 +178,7 @@ async def of_others(*, lines: bool) -> tuple[list[Command], dict[tuple[str, str,
     return found, words
 
 
-async def _listed(tables: Sequence[tuple[str, str]] = TABLES) -> list[Command]:
+async def _listed(tables: Iterable[tuple[str, str]] = TABLES) -> list[Command]:
     found: list[Command] = []
     for family, name in tables:
         status, text, _ = await _run("nft", "-j", "list", "table", family, name)

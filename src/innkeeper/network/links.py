@@ -89,7 +89,7 @@ async def ensure_attached(taps: Mapping[str, str]) -> list[str]:
             link, master = links.get(tap), links.get(bridge)
             if link is None or master is None or (link.get("master") == master["index"] and link["flags"] & UP):
                 continue
-            _set(f"ipv6/conf/{tap}/disable_ipv6", "1")  # the host has nothing to say on it
+            disable_ipv6(tap)  # the host has nothing to say on it
             await netlink.link("set", index=link["index"], mtu=master.get("mtu"))
             await netlink.link("set", index=link["index"], master=master["index"], state="up")
             changed.append(tap)
@@ -237,6 +237,11 @@ def open_tap(name: str) -> int:
         os.close(fd)
         raise NetworkFailed(f"tap {name} cannot be made: {error.strerror}") from None
     return fd
+
+
+def disable_ipv6(name: str) -> None:
+    """The host gives itself no IPv6 address on a device."""
+    _set(f"ipv6/conf/{name}/disable_ipv6", "1")
 
 
 async def _index(netlink: Any, name: str) -> int | None:

@@ -27,7 +27,9 @@ class Watch:
         self._sockets: list[socket.socket] = []
 
     def begin(self) -> None:
-        """Listen from now on, in the network namespace of this process."""
+        """Listen from now on, in the network namespace of this process. May be called again."""
+        if self._sockets:
+            return
         for protocol, groups in GROUPS:
             listener = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK, protocol)
             listener.bind((0, groups))

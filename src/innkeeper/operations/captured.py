@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from innkeeper.operations.world import World
+from innkeeper.plan.devices import of_qemu
 from innkeeper.plan.snapshot import memory_name
+from innkeeper.spec.nic import NicSpec
 from innkeeper.store.contract import Value
 
 
@@ -52,7 +54,7 @@ async def captured(world: World, origin: str) -> Captured:
 
 def _of_image(world: World, image: Value) -> Captured:
     folder, files, warm = world.home.image(image["id"]), image["files"], image["warm"]
-    nat = [index for index, nic in enumerate(warm["spec"]["nics"]) if nic["mode"] == "user"]
+    nat = [index for index, nic in enumerate(warm["spec"]["nics"]) if of_qemu(NicSpec.model_validate(nic))]
     return Captured(
         image["id"], image["name"], folder / files["ram"], folder / files["devices"], (), warm["macs"], warm["uuid_at"],
         image["agent"], _told(warm["waits"]), True, nat,

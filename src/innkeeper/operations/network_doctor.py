@@ -11,6 +11,7 @@ from innkeeper.network.survey import survey
 from innkeeper.operations.engine import Context
 from innkeeper.operations.networks import networks, nics
 from innkeeper.operations.world import World
+from innkeeper.plan import doctor_parents
 from innkeeper.plan.doctor import Finding, diagnose
 from innkeeper.plan.network import Network
 from innkeeper.plan.survey import Ours
@@ -33,13 +34,18 @@ async def examine(world: World, name: str | None = None, *, fix: bool = False) -
     return [replace(finding, fixed=True) for finding in fixed] + left
 
 
-async def _findings(world: World, wanted: list[str] | None, *, quick: bool = False) -> list[Finding]:
+async def _findings(
+    world: World, wanted: list[str] | None, vms: list[Value] | None = None, *, quick: bool = False
+) -> list[Finding]:
+    """Of these networks, or of all; and of the interfaces that cards of these VMs are on."""
     known = await networks(world)
     looked_at = [network for network in known.values() if wanted is None or network.name in wanted]
-    if not looked_at:
+    below = doctor_parents.parents(await world.vms() if vms is None else vms) if wanted is None or vms else []
+    if not looked_at and not below:
         return []
     ours = await _ours(world, known, quick)
-    return diagnose(ours, await survey(ours.nics, quick=quick), looked_at, quick=quick)
+    seen = await survey(ours.nics, quick=quick)
+    return [*doctor_parents.diagnose(below, seen), *diagnose(ours, seen, looked_at, quick=quick)]
 
 
 async def _ours(world: World, known: dict[str, Network], quick: bool) -> Ours:
@@ -58,11 +64,12 @@ async def warn_before_boot(ctx: Context, vm: Value) -> None:
     """What would keep the guest from its networks is said in the operation's result and in the events. It starts all
     the same."""
     wanted = [nic["network"] for nic in vm["spec"]["nics"] if nic.get("network")]
-    if not wanted or ctx.data.get("examined"):
+    on_host = any(nic.get("parent") for nic in vm["spec"]["nics"])
+    if not (wanted or on_host) or ctx.data.get("examined"):
         return
     ctx.data["examined"] = True
     try:
-        found = await _findings(ctx.world, wanted, quick=True)
+        found = await _findings(ctx.world, wanted, [vm], quick=True)
     except Exception:  # whatever is wrong with the doctor, or the host, a VM starts without it
         log.exception("no look at the network before a boot", vm=vm["name"])
         return

@@ -11,7 +11,10 @@ from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from time import monotonic
 
+import structlog
+
 from innkeeper.base.errors import ActionRefused, AddressTaken, InnkeeperError, InvalidInput
+from innkeeper.network import macvtap, passt
 from innkeeper.operations.world import World
 from innkeeper.plan.network import (
     TAP,
@@ -24,10 +27,13 @@ from innkeeper.plan.network import (
     place_of,
     tap_name,
 )
-from innkeeper.plan.options import Tap
+from innkeeper.plan.options import Macvtap, Passt, Tap
 from innkeeper.plan.rebirth import Place
+from innkeeper.qemu import cgroup
 from innkeeper.spec.vm import VMSpec
 from innkeeper.store.contract import Value
+
+log = structlog.get_logger()
 
 LOOK_EVERY, COUNT_EVERY, RULES_EVERY = 1.0, 30.0, 600.0
 """Seconds between two looks at the host without any news from its kernel; at the counters, and at the rules, which take
@@ -168,12 +174,45 @@ async def plugged_in(world: World, vm: Value, taps: Sequence[Tap]) -> AsyncItera
         yield []
         return
     await follow(world, vm["id"])
-    opened = await world.fabric.open_taps(vm["id"], [tap.name for tap in taps])
+    opened = await open_taps(world, vm["id"], taps)
     try:
         yield opened
+        await confine(world, vm["id"], taps)
+    except BaseException:
+        await asyncio.shield(macvtap.leave_only(vm["id"], (), world.home.networks))
+        raise
     finally:
         for fd in opened:
             os.close(fd)
+
+
+async def confine(world: World, vm_id: str, taps: Iterable[Tap]) -> None:
+    """What serves a card is in its VM's cgroup, once that is there."""
+    if any(isinstance(tap, Passt) for tap in taps):
+        for pid in await asyncio.to_thread(lambda: list(passt.processes(vm_id, world.home.data))):
+            if unconfined := await cgroup.place(world.home, vm_id, pid):
+                log.warning("a passt is not in the cgroup of its VM", vm=vm_id, reason=unconfined)
+
+
+async def open_taps(world: World, vm_id: str, taps: Sequence[Tap]) -> list[int]:
+    """Descriptors of taps in networks and of macvtaps, in this order. The caller's to close once QEMU has them."""
+    in_networks = [tap.name for tap in taps if not isinstance(tap, Macvtap | Passt)]
+    opened: dict[str, int] = {}
+    try:
+        if in_networks:
+            opened |= zip(in_networks, await world.fabric.open_taps(vm_id, in_networks), strict=True)
+        for tap in taps:
+            if isinstance(tap, Macvtap):
+                opened[tap.name] = await macvtap.open_macvtap(tap, world.home.networks)
+            if isinstance(tap, Passt):
+                opened[tap.name] = await passt.open_passt(tap, vm_id, world.home.data)
+    except BaseException:
+        for fd in opened.values():
+            os.close(fd)
+        made = [tap.name for tap in taps if isinstance(tap, Macvtap)]
+        await asyncio.shield(macvtap.remove(made, world.home.networks))
+        raise
+    return [opened[tap.name] for tap in taps]
 
 
 async def begin(world: World) -> None:
@@ -199,5 +238,8 @@ async def keep(world: World) -> None:
             if rules or monotonic() - counted > COUNT_EVERY:
                 counted = monotonic()
                 await world.fabric.count()
-            for text in await world.fabric.heal(look_at_rules=rules):
+            if macvtap.any_there(world.home.networks):
+                world.fabric.watch.begin()
+            healed = await macvtap.heal(world.home.networks) if rules else []
+            for text in [*healed, *await world.fabric.heal(look_at_rules=rules)]:
                 await world.events.append("network.healed", text, level="warning")

@@ -1,4 +1,5 @@
-"""The addresses of guests in bridged networks: the network outside gives them, and the guests' agents tell them."""
+"""The addresses of guests in bridged networks and on interfaces of the host: the network outside gives them, and the
+guests' agents tell them."""
 
 from __future__ import annotations
 
@@ -25,11 +26,14 @@ async def learn(world: World) -> None:
 
 
 async def look(world: World) -> None:
-    """Ask the agents of all running guests in bridged networks."""
+    """Ask the agents of all running guests in bridged networks or on interfaces of the host."""
     known = {name: network for name, network in (await networks(world)).items() if network.mode == "bridged"}
     found: dict[tuple[str, int], str] = {}
-    for vm in await world.vms() if known else ():
-        macs = {nic.mac: nic.index for nic in await nics(world, vm, known)}
+    for vm in await world.vms():
+        cards = zip(vm["spec"]["nics"], vm["identity"]["macs"], strict=True)
+        macs = {mac: index for index, (nic, mac) in enumerate(cards) if nic.get("parent")}
+        if known:
+            macs |= {nic.mac: nic.index for nic in await nics(world, vm, known)}
         if macs:
             found |= {(vm["id"], macs[mac]): at for mac, at in (await _told(world, vm)).items() if mac in macs}
     world.outer_addresses = found

@@ -22,6 +22,7 @@ from innkeeper.host.memory import check_memory as check_host_memory
 from innkeeper.machine.machine import Machine
 from innkeeper.operations.captured import memory_path, seed_of
 from innkeeper.operations.engine import Context
+from innkeeper.operations.host_cards import check_saved
 from innkeeper.operations.networks import claim_addresses
 from innkeeper.operations.snapshots import hold, release
 from innkeeper.operations.vm_create import check_room, claim_ports
@@ -56,6 +57,7 @@ async def check_memory(world: World, vm: Value, *, quiesce: bool) -> None:
         raise ActionRefused(
             f"{vm['name']} is {vm['state']}, and only a guest that runs has its memory saved", hint=hint
         )
+    check_saved(vm["spec"], vm["name"], "it cannot be saved with its memory")
     if quiesce:
         raise InvalidInput(
             "memory has what the guest has not written out yet, and would be restored frozen",

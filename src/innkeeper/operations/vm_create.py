@@ -23,6 +23,7 @@ from innkeeper.base.ids import new_id
 from innkeeper.base.nofollow import write_file
 from innkeeper.base.units import format_size
 from innkeeper.network.ports import is_free, who_listens
+from innkeeper.operations import host_cards
 from innkeeper.operations.chains import chain, own_layers, role_of
 from innkeeper.operations.engine import Context, Step, Verb, always, busy
 from innkeeper.operations.image_verify import check_untouched
@@ -53,6 +54,8 @@ async def claim(ctx: Context) -> None:
         await ctx.save(synced=False)
     if await world.store.get(f"vm/{ctx.data['vm']}"):
         return  # claimed before the daemon died
+    if said := await host_cards.remarks(spec.nics):
+        ctx.result["warnings"] = said
     host = await world.host_with_qemu()
     if spec.firmware == "uefi" and host.firmware.uefi is None:
         raise Unsupported("this host has no UEFI firmware for guests", hint="apt install ovmf")

@@ -16,16 +16,19 @@ from pydantic import TypeAdapter
 from innkeeper.base.errors import ActionRefused, QemuGone, UnplugRefused
 from innkeeper.machine.machine import Machine
 from innkeeper.machine.states import LIVE
+from innkeeper.network import macvtap, sriov
+from innkeeper.operations import host_cards
 from innkeeper.operations.engine import Context, Step, Verb
-from innkeeper.operations.networks import follow
+from innkeeper.operations.networks import confine, follow, open_taps
 from innkeeper.operations.vm_update import rewrite, unwrite
 from innkeeper.operations.world import World
-from innkeeper.plan.devices import card, taps, user_forwards, user_netdev
+from innkeeper.plan.devices import card, lockable, of_qemu, taps, user_forwards, user_netdev
 from innkeeper.plan.identity import Identity
 from innkeeper.plan.wiring import changed, check_live, replugged
 from innkeeper.qemu import cards
+from innkeeper.qemu.process import let_lock
 from innkeeper.spec.vm import VMSpec
-from innkeeper.spec.wiring import Change, RemoveNic, SetNic
+from innkeeper.spec.wiring import AddNic, Change, RemoveNic, SetNic
 from innkeeper.store.contract import Value, update
 
 CHANGE: TypeAdapter[Change] = TypeAdapter(Change)
@@ -34,6 +37,17 @@ LET_GO, LET_GO_AGAIN = 30.0, 2.0
 UNPLUGGED = 1.0
 """Seconds for which a guest sees the cable out of a card that comes into another network: it takes no notice of what
 is over before it has looked."""
+
+
+def _check_passt(vm: Value, spec: VMSpec) -> None:
+    """passt takes its ports when it starts. Raises `ActionRefused`."""
+    before = VMSpec.model_validate(vm["spec"]).nics
+    for old, new in zip(before, spec.nics, strict=False):
+        if vm["state"] in LIVE and new.backend == old.backend == "passt" and old.publish != new.publish:
+            raise ActionRefused(
+                f"the card of {vm['name']} has passt, which takes its ports when the VM starts",
+                hint=f"inn stop {vm['name']}, then try again; QEMU's own NAT (--nic user) changes them at any time",
+            )
 
 
 def check(vm: Value, change: Change) -> None:
@@ -45,7 +59,8 @@ def check(vm: Value, change: Change) -> None:
     if vm["state"] == "paused" and isinstance(change, RemoveNic):
         raise ActionRefused(f"{vm['name']} is paused, so its guest lets go of nothing", hint=f"inn resume {vm['name']}")
     spec, identity = VMSpec.model_validate(vm["spec"]), Identity.model_validate(vm["identity"])
-    changed(spec, identity, change)
+    new, _ = changed(spec, identity, change)
+    _check_passt(vm, new)
     if vm["state"] in LIVE and isinstance(change, SetNic):
         check_live(spec, identity, change)
 
@@ -58,6 +73,8 @@ async def write(ctx: Context) -> None:
         check(vm, change)  # it may have been started meanwhile
     spec, identity = changed(VMSpec.model_validate(old["spec"]), Identity.model_validate(old["identity"]), change)
     await rewrite(ctx, spec, {"cards": identity.cards}, pending=old["pending"])
+    if isinstance(change, AddNic) and (said := await host_cards.remarks([change.nic])):
+        ctx.result["warnings"] = said
 
 
 async def bring(ctx: Context) -> None:
@@ -87,6 +104,9 @@ async def _bring(ctx: Context, seconds: float) -> None:
     there = await cards.present(machine.monitor)
     for index in sorted(there - wanted):
         await cards.unplug(machine.monitor, index, seconds)
+    kept = [tap.name for tap in taps(spec, identity) if tap.index in there]
+    await macvtap.leave_only(vm_id, kept, world.home.networks)
+    await sriov.leave_only(vm_id, there & wanted, world.home.networks)
     if again := await _replugged(ctx):
         for index in again:
             await cards.set_link(machine.monitor, index, up=False)
@@ -95,7 +115,7 @@ async def _bring(ctx: Context, seconds: float) -> None:
     for index in sorted(wanted - there):
         await _plug(world, machine, spec, identity, index)
     for index, nic in enumerate(spec.nics):
-        if nic.mode == "user":
+        if of_qemu(nic):
             await cards.forward(machine.monitor, f"net{index}", user_forwards(index, nic, identity))
         if nic.mode in ("user", "network"):
             await cards.set_link(machine.monitor, index, up=nic.link == "up")
@@ -113,19 +133,25 @@ async def _replugged(ctx: Context) -> list[int]:
 
 async def _plug(world: World, machine: Machine, spec: VMSpec, identity: Identity, index: int) -> None:
     nic = spec.nics[index]
+    if nic.mode == "sriov":
+        let_lock(machine.process.pid.number, lockable(spec))
+        function = await sriov.take(host_cards.wanted(index, nic, identity), world.home.networks)
+        await cards.plug(machine.monitor, card(index, nic, identity, function), None)
+        return
     device, netdev = card(index, nic, identity), None
-    if nic.mode == "user":
+    if of_qemu(nic):
         netdev = user_netdev(index, nic, identity)
-    if nic.mode != "network":
+    tap = next((tap for tap in taps(spec, identity) if tap.index == index), None)
+    if tap is None:
         await cards.plug(machine.monitor, device, netdev)
         return
-    (tap,) = [tap for tap in taps(spec, identity) if tap.netdev == f"net{index}"]
-    (fd,) = await world.fabric.open_taps(identity.id, [tap.name])
+    (fd,) = await open_taps(world, identity.id, [tap])
     try:
         await machine.monitor.give(tap.name, fd)
     finally:
         os.close(fd)
-    await cards.plug(machine.monitor, device, {"type": "tap", "id": tap.netdev, "fd": tap.name})
+    await cards.plug(machine.monitor, device, tap.given(tap.name))
+    await confine(world, identity.id, [tap])
 
 
 STEPS = (Step("write", write, take_back), Step("bring", bring))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from innkeeper.base.clock import now
@@ -13,6 +13,7 @@ from innkeeper.host.memory import check_memory
 from innkeeper.machine.machine import Machine
 from innkeeper.machine.states import LIVE
 from innkeeper.network.ports import is_free, who_listens
+from innkeeper.operations import host_cards
 from innkeeper.operations.captured import captured, memory_path
 from innkeeper.operations.chains import chain
 from innkeeper.operations.engine import Context, Step, always
@@ -127,9 +128,12 @@ async def spawn(ctx: Context) -> None:
 
 async def _start(ctx: Context, vm: Value) -> None:
     world = ctx.world
-    planned = await plan(ctx, vm)
-    async with plugged_in(world, vm, planned.taps) as taps:
-        await _spawn(ctx, vm, planned, taps)
+    if world.machines.get(vm["id"]):  # half-way: its end would take away what is opened now
+        await world.machines.discard(vm["id"])
+    async with host_cards.functions(world, vm) as functions:
+        planned = await plan(ctx, vm, functions)
+        async with plugged_in(world, vm, planned.taps) as taps:
+            await _spawn(ctx, vm, planned, taps)
 
 
 async def _spawn(ctx: Context, vm: Value, planned: Plan, taps: Sequence[int]) -> None:
@@ -176,8 +180,9 @@ async def kill(ctx: Context) -> None:
         await ctx.world.machines.discard(vm_id)
 
 
-async def plan(ctx: Context, vm: Value) -> Plan:
-    """The QEMU command of this start. Pins the CPU model anew if the host's accelerator has changed."""
+async def plan(ctx: Context, vm: Value, functions: Mapping[int, str]) -> Plan:
+    """The QEMU command of this start. `functions`: the host's PCI devices that it gets, by card. Pins the CPU model
+    anew if the host's accelerator has changed."""
     world = ctx.world
     host = await world.host_with_qemu()
     identity = on_accelerator(Identity.model_validate(vm["identity"]), host)
@@ -199,6 +204,7 @@ async def plan(ctx: Context, vm: Value) -> Plan:
         iso=vm["disc"],
         ignition=(folder / "ignition.json").exists(),
         ram=str(fork.ram) if fork else "",
+        functions=functions,
     )
     saved = ctx.data.get("memory")
     as_fork, nat = (fork.as_fork, fork.nat) if fork else (saved["as_fork"], saved["nat"]) if saved else (False, ())

@@ -14,6 +14,8 @@ from innkeeper.spec.vm import VMSpec
 from innkeeper.store.contract import Value
 
 CLAIMS = ("port/", "address/")
+PARENT = ("parent", "macvtap_mode", "vlan")
+"""Fields of a card on an interface of the host."""
 AT_ONCE = ("firewall", "tags", "note")
 """Fields of a spec that no QEMU has anything to do with."""
 
@@ -42,7 +44,10 @@ def _of_qemu(spec: Value) -> Value:
 
 
 def _networks(spec: Value) -> list[tuple[str | None, ...]]:
-    return [(nic.get("network"), nic.get("address"), nic.get("network") and nic.get("mac")) for nic in spec["nics"]]
+    return [
+        (nic.get("network") and nic.get("mac"), *(nic.get(key) for key in ("network", "address", *PARENT)))
+        for nic in spec["nics"]
+    ]
 
 
 async def rewrite(ctx: Context, spec: VMSpec, identity: Value, *, pending: bool) -> None:

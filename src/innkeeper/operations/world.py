@@ -32,7 +32,7 @@ class World:
     ram: RamImages = field(default_factory=RamImages)
     fabric: Fabric = field(init=False)
     outer_addresses: dict[tuple[str, int], str] = field(default_factory=dict)
-    """By VM and NIC, of those in bridged networks, as far as their agents have told."""
+    """By VM and NIC, of those in bridged networks and on interfaces of the host, as far as their agents have told."""
     _host: tuple[float, HostFacts | None] = (0.0, None)
 
     def __post_init__(self) -> None:

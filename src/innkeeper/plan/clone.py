@@ -14,6 +14,9 @@ from innkeeper.base.errors import InvalidInput
 from innkeeper.plan.identity import Identity
 from innkeeper.spec.vm import VMSpec
 
+OF_OTHER_MODES = ("parent", "macvtap_mode", "vlan", "backend")
+"""Fields of a card that one in a network has not."""
+
 
 def clone_spec(vm: Mapping[str, Any], name: str, *, keep_identity: bool, network: str | None = None) -> VMSpec:
     """The spec of a clone of `vm`: no published ports, since a host port leads to one VM; a disc only if the source
@@ -33,7 +36,8 @@ def plugged_into(nics: Sequence[Mapping[str, Any]], network: str | None) -> list
     if network and not cards:
         raise InvalidInput("there was no network card when it was captured", hint="drop --network", field="network")
     if network:
-        cards[0] |= {"mode": "network", "network": network}
+        kept = {key: value for key, value in cards[0].items() if key not in OF_OTHER_MODES}
+        cards[0] = kept | {"mode": "network", "network": network}
     return cards
 
 

@@ -7,8 +7,8 @@ folder, so no path appears in them. Golden tests in tests/golden pin the result,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from innkeeper.base.units import MIB
@@ -39,6 +39,8 @@ class Files:
     """`ignition.json` is in the VM's folder."""
     ram: str = ""
     """Captured RAM to go on from; empty for a boot."""
+    functions: Mapping[int, str] = field(default_factory=dict)
+    """PCI addresses of the host's devices that cards of the guest are."""
 
 
 def command(
@@ -83,7 +85,7 @@ def command(
         options += devices.seed(hand(files.seed) if files.seed.startswith("/") else files.seed)
     if files.iso and spec.iso:
         options += devices.iso(hand(spec.iso))
-    cards, spare = devices.nics(spec, identity, nat), pci.spare_ports()
+    cards, spare = devices.nics(spec, identity, nat, files.functions), pci.spare_ports()
     options += [*cards, *spare] if identity.cards is None else [*spare, *cards]  # where some of them sit
     if files.ignition:
         options.append(Option("-fw_cfg", Constants(keys={"name": "opt/com.coreos/config", "file": "ignition.json"})))
@@ -97,7 +99,8 @@ def command(
         options.append(Option("-incoming", "defer"))
     groups = (host.kvm_group,) if host.kvm_group is not None and identity.accelerator == "kvm" else ()
     ram = RamImage(files.ram, spec.memory) if files.ram else None
-    return Plan(host.qemu.path, tuple(options), tuple(handed), ram, devices.taps(spec, identity), identity.uid, groups)
+    taps, locked = devices.taps(spec, identity), devices.lockable(spec)
+    return Plan(host.qemu.path, tuple(options), tuple(handed), ram, taps, locked, identity.uid, groups)
 
 
 def _machine(spec: VMSpec, identity: Identity, host: HostFacts, memory: Memory) -> list[Option]:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
+from innkeeper.base.units import GIB
 from innkeeper.plan import pci
 from innkeeper.plan.chain import Chain, Layer
 from innkeeper.plan.identity import Identity
-from innkeeper.plan.network import tap_name
-from innkeeper.plan.options import Constants, Json, Option, Tap
+from innkeeper.plan.network import macvtap_name, tap_name
+from innkeeper.plan.options import Constants, Json, Macvtap, Option, Passt, Tap
 from innkeeper.plan.waiting import PORT as REBIRTH_PORT
 from innkeeper.spec.disk import DiskSpec
 from innkeeper.spec.nic import NicSpec
@@ -148,24 +149,31 @@ def iso(path: str) -> list[Option]:
     ]
 
 
-def nics(spec: VMSpec, identity: Identity, nat: Sequence[int] = ()) -> list[Option]:
-    """Network cards, each behind its own root port. `nat`: cards of which saved state has QEMU's own NAT; where it is
-    theirs no more, something has to take that state."""
+def nics(
+    spec: VMSpec, identity: Identity, nat: Sequence[int] = (), functions: Mapping[int, str] | None = None
+) -> list[Option]:
+    """Network cards, each behind its own root port. `functions`: PCI addresses of those that are the host's. `nat`:
+    cards of which saved state has QEMU's own NAT; where it is theirs no more, something has to take that state."""
     options: list[Option] = []
     for index, nic in enumerate(spec.nics):
         if identity.cards is None or index < identity.cards:
             options.append(pci.nic_port(index))
-        if nic.mode == "user":
+        if of_qemu(nic):
             options.append(Option("-netdev", user_netdev(index, nic, identity)))
         elif index in nat:
             options.append(Option("-netdev", {"type": "user", "id": f"{UNPLUGGED}{index}", "restrict": True}))
         if nic.mode != "absent":
-            options.append(Option("-device", card(index, nic, identity)))
+            function = functions and functions.get(index)
+            options.append(Option("-device", card(index, nic, identity, function or "")))
     return options
 
 
-def card(index: int, nic: NicSpec, identity: Identity) -> dict[str, object]:
-    """The device of a NIC, for `-device` and `device_add`."""
+def card(index: int, nic: NicSpec, identity: Identity, function: str = "") -> dict[str, object]:
+    """The device of a NIC, for `-device` and `device_add`. `function`: PCI address of what the host gives to it."""
+    if nic.mode == "sriov":
+        assert function
+        bus = pci.nic_bus(index, identity.cards)
+        return {"driver": "vfio-pci", "id": f"nic{index}", "bus": bus, "host": function}
     device: dict[str, object] = {
         "driver": "virtio-net-pci" if nic.model == "virtio" else "e1000e",
         "id": f"nic{index}",
@@ -186,10 +194,30 @@ def with_nat(argv: Sequence[str]) -> list[int]:
 
 
 def taps(spec: VMSpec, identity: Identity) -> tuple[Tap, ...]:
-    """What the NICs in networks are plugged into."""
-    return tuple(
-        Tap(f"net{index}", tap_name(identity.id, index)) for index, nic in enumerate(spec.nics) if nic.mode == "network"
-    )
+    """What the NICs in networks, and those on interfaces of the host, are plugged into."""
+    return tuple(tap for index, nic in enumerate(spec.nics) if (tap := _tap(index, nic, identity)))
+
+
+def _tap(index: int, nic: NicSpec, identity: Identity) -> Tap | None:
+    if nic.mode == "network":
+        return Tap(index, tap_name(identity.id, index))
+    if nic.mode == "user" and nic.backend == "passt":
+        return Passt(index, f"passt{index}", _forwards(index, nic, identity), identity.uid)
+    if nic.mode == "macvtap":
+        name, mode = macvtap_name(identity.id, index), nic.macvtap_mode or "bridge"
+        return Macvtap(index, name, str(nic.parent), mode, identity.macs[index])
+    return None
+
+
+def lockable(spec: VMSpec) -> int:
+    """Bytes that QEMU has to lock: all of the guest's memory where a PCI device of the host's reaches it, and room for
+    what of its registers is mapped (as much as libvirt gives: docs/formatdomain, memtune hard_limit)."""
+    return spec.memory + GIB if any(nic.mode == "sriov" for nic in spec.nics) else 0
+
+
+def of_qemu(nic: NicSpec) -> bool:
+    """Whether QEMU's own NAT is behind it."""
+    return nic.mode == "user" and nic.backend == "qemu"
 
 
 def user_netdev(index: int, nic: NicSpec, identity: Identity) -> Json:
@@ -200,10 +228,15 @@ def user_netdev(index: int, nic: NicSpec, identity: Identity) -> Json:
 
 def user_forwards(index: int, nic: NicSpec, identity: Identity) -> list[str]:
     """Its ports as QEMU writes them, the one for SSH first. Numbers and checked addresses only."""
-    forwards = [f"{f.protocol}:{f.address}:{f.host}-:{f.guest}" for f in nic.publish]
+    forwards = _forwards(index, nic, identity)
+    return [f"{protocol}:{address}:{host}-:{guest}" for protocol, address, host, guest in forwards]
+
+
+def _forwards(index: int, nic: NicSpec, identity: Identity) -> tuple[tuple[str, str, int, int], ...]:
+    forwards = [(f.protocol, f.address, f.host, f.guest) for f in nic.publish]
     if index == 0 and identity.ssh_port is not None:
-        forwards.insert(0, f"tcp:127.0.0.1:{identity.ssh_port}-:{SSH}")
-    return forwards
+        forwards.insert(0, ("tcp", "127.0.0.1", identity.ssh_port, SSH))
+    return tuple(forwards)
 
 
 def _fixed(driver: str, name: str, role: str) -> dict[str, object]:

@@ -2,8 +2,8 @@
 
 Names on the host, which have at most 15 characters: `innbr-<9 digits>` is the bridge of the network whose id begins so,
 `innlan-<8 digits>` that of a bridged one which stands on an interface,
-`inn-<9 digits>-<n>` the tap of NIC n of the VM whose id begins so. Nothing else of ours bears such a name, and nothing
-that does is anybody else's.
+`inn-<9 digits>-<n>` the tap of NIC n of the VM whose id begins so, `innm-<8 digits>-<n>` its macvtap. Nothing else of
+ours bears such a name, and nothing that does is anybody else's.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from innkeeper.spec.network import Mode, NetworkSpec
 from innkeeper.spec.nic import PortForward
 
 Subnet = ipaddress.IPv4Network
-BRIDGE, UPLINK, TAP = "innbr-", "innlan-", "inn-"
-OURS = (BRIDGE, UPLINK, TAP)
+BRIDGE, UPLINK, TAP, MACVTAP = "innbr-", "innlan-", "inn-", "innm-"
+OURS = (BRIDGE, UPLINK, TAP, MACVTAP)
 METADATA, METADATA_PORT = "169.254.169.254", 16925
 """Where guests ask for their data (port 80), and the TCP port of each gateway that such a question is led to."""
 SUBNETS = tuple(ipaddress.IPv4Network("10.77.0.0/16").subnets(new_prefix=24))
@@ -110,6 +110,11 @@ class Nic:
 def tap_name(vm: str, index: int) -> str:
     """The tap of a VM's NIC."""
     return f"{TAP}{vm[:9]}-{index}"
+
+
+def macvtap_name(vm: str, index: int) -> str:
+    """The macvtap of a VM's NIC."""
+    return f"{MACVTAP}{vm[:8]}-{index}"
 
 
 def network_record(

@@ -72,12 +72,54 @@ class RamImage:
 class Tap:
     """A NIC in a network: QEMU gets the descriptor of the tap `name`, which it may not open by itself."""
 
-    netdev: str
+    index: int
     name: str
+
+    @property
+    def netdev(self) -> str:
+        return f"net{self.index}"
+
+    def given(self, fd: str) -> Json:
+        """The netdev of a QEMU that has the tap as `fd`: inherited, a number; or given to its monitor, by name."""
+        return {"type": "tap", "id": self.netdev, "fd": fd}
 
     def option(self, fd: int) -> Option:
         """The netdev of a QEMU that inherits the tap as `fd`."""
-        return Option("-netdev", {"type": "tap", "id": self.netdev, "fd": str(fd)})
+        return Option("-netdev", self.given(str(fd)))
+
+
+@dataclass(frozen=True)
+class Macvtap(Tap):
+    """A NIC on an interface of the host, `parent`: the descriptor is that of a macvtap `name` with the guest's MAC."""
+
+    parent: str
+    mode: str
+    mac: str
+
+
+@dataclass(frozen=True)
+class Passt(Tap):
+    """A NIC with passt's NAT: the descriptor is QEMU's end of a socket pair."""
+
+    forwards: tuple[tuple[str, str, int, int], ...]
+    """(protocol, the host's address, its port, the guest's)."""
+    uid: int | None
+
+    def given(self, fd: str) -> Json:
+        return {"type": "stream", "id": self.netdev, "server": False, "addr": {"type": "fd", "str": fd}}
+
+    def words(self) -> list[str]:
+        """Arguments of passt(1): the guest has the IPv4 addresses that QEMU's NAT would give it, the host's own
+        loopback is not to be reached from it, and IPv6 is as on the host."""
+        ports = [
+            word
+            for protocol, address, host, guest in self.forwards
+            for word in ("--tcp-ports" if protocol == "tcp" else "--udp-ports", f"{address}/{host}:{guest}")
+        ]
+        return [
+            "--quiet", "--no-map-gw", "--address", "10.0.2.15", "--netmask", "24", "--gateway", "10.0.2.2",
+            "--dns", "10.0.2.3", "--dns-forward", "10.0.2.3", *ports,
+        ]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -92,7 +134,9 @@ class Plan:
     ram: RamImage | None = None
     """The guest's memory when it goes on from a captured one; the option for it is made when QEMU is spawned."""
     taps: tuple[Tap, ...] = ()
-    """NICs in networks; the options for them are made when QEMU is spawned."""
+    """NICs in networks and on interfaces of the host; the options for them are made when QEMU is spawned."""
+    locked: int = 0
+    """Bytes of its memory that QEMU has to be able to lock: a PCI device of the host's reaches all of the guest's."""
     uid: int | None = None
     groups: tuple[int, ...] = ()
 

@@ -11,8 +11,8 @@ import os
 import resource
 import signal
 import subprocess
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -115,7 +115,7 @@ def spawn(plan: Plan, home: Home, vm_id: str, ram: int | None = None, taps: Sequ
             arguments += plan.ram.option(ram).words()
         for tap, fd in zip(plan.taps, taps, strict=True):
             arguments += tap.option(fd).words()
-        with (cwd / LOG).open("ab") as log:
+        with (cwd / LOG).open("ab") as log, _may_lock(plan.locked):
             child = subprocess.Popen(
                 arguments,
                 cwd=cwd,
@@ -142,6 +142,34 @@ def spawn(plan: Plan, home: Home, vm_id: str, ram: int | None = None, taps: Sequ
         resource.prlimit(pid.number, resource.RLIMIT_NOFILE, (OPEN_FILES, OPEN_FILES))
         resource.prlimit(pid.number, resource.RLIMIT_CORE, (0, 0))
     return Process(pid)
+
+
+@contextmanager
+def _may_lock(size: int) -> Iterator[None]:
+    """What is started meanwhile may lock so many bytes of memory: it has its limit from the daemon, which as root needs
+    none itself. Raises `QemuFailed`."""
+    before = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    if size:
+        let_lock(0, size)
+    try:
+        yield
+    finally:
+        if size:
+            with suppress(ValueError, OSError):
+                resource.setrlimit(resource.RLIMIT_MEMLOCK, before)
+
+
+def let_lock(pid: int, size: int) -> None:
+    """The same for a QEMU that runs; 0 is the daemon itself."""
+    _, hard = resource.prlimit(pid, resource.RLIMIT_MEMLOCK)
+    hard = hard if hard == resource.RLIM_INFINITY else max(hard, size)
+    try:
+        resource.prlimit(pid, resource.RLIMIT_MEMLOCK, (size, hard))
+    except (OSError, ValueError):
+        raise QemuFailed(
+            f"QEMU cannot be allowed to lock {size} bytes of memory, which a PCI device of the host's needs",
+            hint="innkeeperd needs CAP_SYS_RESOURCE, or a LimitMEMLOCK of that size",
+        ) from None
 
 
 def _privileges(plan: Plan) -> dict[str, Any]:

@@ -174,13 +174,18 @@ class CheckView(Open):
 
 
 class NicView(Open):
-    """`index`: its number, which it keeps. `limit`: bits per second in each direction. The addresses and the tap are
-    those of a card in a network; `dropped`: packets that it sent as somebody else, or as only a router may, since its
-    rules were made."""
+    """`index`: its number, which it keeps; `limit`: bits per second in each direction. The tap is that of a card in a
+    network, or the macvtap of one on `parent`, an interface of the host; `function`, while it runs, the PCI address of
+    its virtual function. Where the network outside gives addresses, the guest's agent tells them. `dropped`: packets
+    that it sent as somebody else, or as only a router may, since its rules were made."""
 
     index: int
-    mode: Literal["user", "network", "none"]
+    mode: Literal["user", "network", "macvtap", "sriov", "none"]
     network: str | None
+    backend: Literal["qemu", "passt"] | None
+    parent: str | None
+    vlan: int | None
+    function: str | None
     model: str
     mac: str
     limit: int | None

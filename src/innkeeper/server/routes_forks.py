@@ -13,6 +13,7 @@ from fastapi.responses import JSONResponse
 from innkeeper.base.clock import stamp
 from innkeeper.base.errors import ActionRefused, InvalidInput, MachineBusy, NameTaken, NotFound
 from innkeeper.operations import fork_of_vm, snapshot_create
+from innkeeper.operations.host_cards import check_saved
 from innkeeper.operations.network_default import ensure_default
 from innkeeper.operations.snapshot_memory import check_fits, check_memory
 from innkeeper.operations.snapshots import check_new, find_snapshot
@@ -46,6 +47,7 @@ async def warm(ctx: Ctx, body: WarmRequest) -> Response:
     name = body.name or warm_name(body.image)
     if not body.refresh and await ctx.world.store.get(f"name/image/{name}"):
         raise NameTaken(f"there is an image named {name!r} already", hint="--refresh makes it anew")
+    check_saved(body.spec, body.spec.name, "it cannot be captured")
     await check(ctx.world, body.spec)
     await ctx.have_default(body.spec.nics)
     args = arguments(
@@ -103,7 +105,15 @@ async def _source(ctx: Context, body: ForkRequest) -> Value:
 async def _check_network(ctx: Context, source: Value, body: ForkRequest) -> None:
     """Raises `NotFound`, `InvalidInput`, `ActionRefused` where forks cannot come into the network."""
     warm = source.get("warm")
+    if not warm:
+        check_saved(source["spec"], source["name"], "it cannot be forked")
     nics = plugged_into((warm or source)["spec"]["nics"], body.network)
+    if outside := next((nic["parent"] for nic in nics if nic.get("parent")), None):
+        raise ActionRefused(
+            f"{source['name']} has a card on {outside}, where the network outside gives addresses: forks would go on"
+            " with its address",
+            hint=f"inn clone {source['name']} boots anew; or fork it with --network default",
+        )
     if not any(nic.get("network") for nic in nics):
         return
     await ensure_default(ctx.world, ctx.engine, [nic.get("network") for nic in nics])

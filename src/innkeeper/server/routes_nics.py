@@ -5,10 +5,12 @@ from __future__ import annotations
 from fastapi import APIRouter, Response
 from fastapi.responses import JSONResponse
 
-from innkeeper.operations import vm_nics
+from innkeeper.network import macvtap, sriov
+from innkeeper.operations import host_cards, vm_nics
 from innkeeper.operations.networks import nics
 from innkeeper.operations.world import World
 from innkeeper.plan.devices import SSH
+from innkeeper.plan.network import macvtap_name
 from innkeeper.server.context import Ctx, VMName, accepted
 from innkeeper.server.models import NicsRequest, NicView, OperationView, PortView
 from innkeeper.spec.wiring import AddNic, SetNic
@@ -22,14 +24,21 @@ async def list_nics(ctx: Ctx, vm: VMName) -> Response:
     found = await ctx.world.find("vm", vm)
     plugged = {nic.index: nic for nic in await nics(ctx.world, found)}
     dropped = await ctx.world.fabric.dropped() if plugged else {}
+    dropped |= await macvtap.dropped(found["id"], ctx.world.home.networks)
+    functions = sriov.functions_of(found["id"], ctx.world.home.networks)
     views = []
     for index, (nic, mac) in enumerate(zip(found["spec"]["nics"], found["identity"]["macs"], strict=True)):
         if nic["mode"] != "absent":
-            view = {"index": index, "mac": mac} | {key: nic[key] for key in ("mode", "network", "model")}
+            view = {"index": index, "mac": mac} | {key: nic.get(key) for key in ("mode", "network", "parent", "model")}
             view |= {"limit": nic.get("limit"), "link": nic.get("link", "up")}
             at = plugged.get(index)
             view |= {key: getattr(at, key, None) for key in ("address", "address6", "tap")}
-            views.append(view | {"dropped": dropped.get(at.tap, 0) if at else None})
+            if nic["mode"] == "macvtap":
+                view["tap"] = macvtap_name(found["id"], index)
+            view |= {"backend": nic.get("backend", "qemu") if nic["mode"] == "user" else None}
+            view |= {"vlan": nic.get("vlan"), "function": functions.get(index)}
+            view["address"] = view["address"] or ctx.world.outer_addresses.get((found["id"], index))
+            views.append(view | {"dropped": dropped.get(view["tap"], 0) if view["tap"] else None})
     return JSONResponse(views)
 
 
@@ -39,6 +48,8 @@ async def list_nics(ctx: Ctx, vm: VMName) -> Response:
 async def change_nics(ctx: Ctx, vm: VMName, body: NicsRequest) -> Response:
     found = await ctx.admitted(vm, "nics")
     vm_nics.check(found, body.change)
+    if isinstance(body.change, AddNic):
+        await host_cards.check(ctx.world, [body.change.nic])
     if isinstance(body.change, AddNic | SetNic):
         await ctx.have_default([body.change.nic if isinstance(body.change, AddNic) else body.change])
     target = {"kind": "vm", "id": found["id"], "name": found["name"]}

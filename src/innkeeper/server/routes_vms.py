@@ -10,7 +10,7 @@ from fastapi.responses import JSONResponse
 
 from innkeeper.base.errors import InvalidInput, NameTaken, Unsupported
 from innkeeper.base.units import format_size
-from innkeeper.operations import vm_clone
+from innkeeper.operations import host_cards, vm_clone
 from innkeeper.operations.networks import reachable
 from innkeeper.operations.vm_create import arguments
 from innkeeper.operations.vm_delete import check_alone
@@ -68,6 +68,7 @@ async def check(world: World, spec: VMSpec) -> None:
     """What can be known to be wrong before anything is made: better an answer now than a failed operation."""
     if await world.store.get(f"name/vm/{spec.name}"):
         raise NameTaken(f"there is a VM named {spec.name!r} already", hint="choose another --name", name=spec.name)
+    await host_cards.check(world, spec.nics)
     image = await world.find("image", spec.image) if spec.image else None
     if image and image["kind"] == "warm":
         raise InvalidInput(

@@ -53,8 +53,10 @@ class VMViews:
         return {d.value["id"]: d.value for d in await self._world.store.list("image/")}
 
     async def _addresses(self) -> dict[str, str]:
-        """Of the first card of each VM that is in a network."""
-        found = sorted(await cards(self._world), key=lambda card: -int(card["nic"]))
+        """Of the first card of each VM that has one."""
+        told = self._world.outer_addresses.items()
+        outside = [{"id": vm, "nic": index, "address": address} for (vm, index), address in told]
+        found = sorted([*await cards(self._world), *outside], key=lambda card: -int(card["nic"]))
         return {card["id"]: card["address"] for card in found if card["address"]}
 
     def _row(self, document: Document, images: dict[str, Value], address: str | None) -> bytes:

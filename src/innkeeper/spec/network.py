@@ -7,6 +7,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from innkeeper.spec.nic import Interface
 from innkeeper.spec.quantity import Model, Name
 
 Mode = Literal["nat", "host-only", "internal", "bridged"]
@@ -24,8 +25,8 @@ class NetworkSpec(Model):
         description="nat: guests reach out, and in comes what is published; host-only: the host reaches guests, there "
         "is no way out; internal: guests among themselves; bridged: guests are on the network outside, like the host",
     )
-    parent: str | None = Field(
-        default=None, pattern=r"^[^\s/:]{1,15}$", description="bridged: the host's interface or bridge that leads there"
+    parent: Interface | None = Field(
+        default=None, description="bridged: the host's interface or bridge that leads there"
     )
     subnet: str | None = Field(
         default=None, description="IPv4, private, /16 to /29, like 10.77.0.0/24; one that is free when absent"

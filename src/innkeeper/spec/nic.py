@@ -1,10 +1,10 @@
-"""A network card of a VM: QEMU's user-mode NAT, a network of ours, or a cable that is not plugged in."""
+"""A network card of a VM: QEMU's user-mode NAT, a network of ours, an interface of the host, or no cable plugged in."""
 
 from __future__ import annotations
 
 import ipaddress
 import re
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -51,18 +51,35 @@ class PortForward(Model):
         return self.address == other.address or self.everywhere or other.everywhere
 
 
+Interface = Annotated[str, Field(pattern=r"^[^\s/:]{1,15}$")]
+"""A network device of the host, as `ip link` names it."""
+ON_PARENT = ("macvtap", "sriov")
+"""Modes of cards that are on an interface of the host."""
 _MAC = re.compile(r"[0-9a-f]{2}(:[0-9a-f]{2}){5}")
 
 
 class NicSpec(Model):
     """One network card."""
 
-    mode: Literal["user", "network", "none", "absent"] = Field(
+    mode: Literal["user", "network", "macvtap", "sriov", "none", "absent"] = Field(
         default="user",
-        description="user: QEMU's own NAT, needs no privilege; network: the one that `network` names; "
+        description="user: QEMU's own NAT, needs no privilege; network: the one that `network` names; macvtap: the "
+        "network that `parent` is in, past the host itself; sriov: a virtual function of `parent`, past QEMU; "
         "none: cable not plugged in; absent: an empty place, so that the cards behind it keep their numbers",
     )
     network: Name | None = Field(default=None, description="The network that it is plugged into")
+    backend: Literal["qemu", "passt"] = Field(
+        default="qemu", description="user: QEMU's own NAT, or that of passt, which has IPv6"
+    )
+    parent: Interface | None = Field(default=None, description="macvtap, sriov: the host's interface, like eth0")
+    macvtap_mode: Literal["bridge", "vepa", "private"] | None = Field(
+        default=None,
+        description="To other guests on the same parent: bridge, the default: directly; vepa: by the switch outside, "
+        "which has to send frames back where they came from; private: not at all",
+    )
+    vlan: int | None = Field(
+        default=None, ge=1, le=4094, description="sriov: the VLAN outside; the guest sees no tag, and gets in no other"
+    )
     model: Literal["virtio", "e1000e"] = "virtio"
     mac: str | None = Field(default=None, description="Made from the VM's id when absent")
     address: str | None = Field(
@@ -80,8 +97,19 @@ class NicSpec(Model):
             raise ValueError(
                 f"mode {self.mode!r} and network {self.network!r} do not fit: mode network names its network"
             )
+        if (self.mode in ON_PARENT) != (self.parent is not None):
+            raise ValueError(f"mode {self.mode!r} and parent {self.parent!r} do not fit: macvtap and sriov name theirs")
+        if self.macvtap_mode and self.mode != "macvtap":
+            raise ValueError(f"a card of mode {self.mode!r} has no macvtap_mode")
+        if self.backend != "qemu" and self.mode != "user":
+            raise ValueError(f"a card of mode {self.mode!r} has no backend: that is of user")
+        if self.vlan and self.mode != "sriov":
+            raise ValueError(f"a card of mode {self.mode!r} has no vlan: that is of sriov")
+        if self.mode == "sriov" and self.model != "virtio":
+            raise ValueError("a virtual function is what it is: leave the model out")
         if self.address and self.mode != "network":
-            raise ValueError(f"a card of mode {self.mode!r} gets no address from Innkeeper")
+            by = "the network outside" if self.parent else "Innkeeper's networks only"
+            raise ValueError(f"a card of mode {self.mode!r} cannot be given an address: {by} gives them")
         if self.limit and self.mode != "network":
             raise ValueError(
                 f"a card of mode {self.mode!r} takes no limit: its packets pass nothing of the host's that could hold"
@@ -90,7 +118,8 @@ class NicSpec(Model):
         if self.link == "down" and self.mode in ("none", "absent"):
             raise ValueError(f"a card of mode {self.mode!r} has no cable to pull out")
         if self.publish and self.mode not in ("user", "network"):
-            raise ValueError(f"a port cannot be published on a card of mode {self.mode!r}")
+            own = ": others reach the guest's own address" if self.parent else ""
+            raise ValueError(f"a port cannot be published on a card of mode {self.mode!r}{own}")
         if self.mode == "network" and any(forward.address == "::1" for forward in self.publish):
             raise ValueError("Linux leads nothing from ::1 into a network; publish on 127.0.0.1, or on `::` for all")
         if self.mode == "user" and (beyond := [f.address for f in self.publish if 6 in f.families]):
