@@ -4,9 +4,8 @@ guests' taps, so the round trips are those of the bridge and the rules alone.
 
     .venv/bin/python bench/firewall.py [RUNS]
 
-A change is from the API's operation down to nftables: `rules` is what the daemon's part takes (network/fabric.py, one
-transaction of nft), `operation` all of it, journal and HTTP included. A round trip is UDP between two veths that stand
-in for two guests' taps, through the chains of both.
+A change is all that a user waits for: `vm.firewall.default(…)`, from the API to the operation's end. A round trip
+is UDP between two veths.
 """
 
 from __future__ import annotations
@@ -19,20 +18,18 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
-from common import median, say, timed
+from common import median, records, running_daemon, say, timed
 from namespaces import namespace, run
 
-from innkeeper.network import firewall
 from innkeeper.network.fabric import Fabric
 from innkeeper.plan.filter import filter_of
 from innkeeper.plan.network import Network, Nic, Subnet, by_mac
 from innkeeper.spec.firewall import FirewallSpec
+from innkeeper.store.sqlite import SQLiteStore
 
 RUNS = int(sys.argv[1]) if len(sys.argv) > 1 else 15
 FEW, MANY, TRIPS = 10, 1000, 3000
@@ -46,7 +43,7 @@ def spec(number: int) -> FirewallSpec:
     rules += [
         {"direction": "in", "action": "allow", "protocol": "tcp", "ports": ["22"], "peer": "tag:office"},
         {"direction": "in", "action": "deny", "peer": f"192.0.2.{number % 250}"},
-        {"direction": "in", "action": "allow", "protocol": "tcp", "ports": ["5432"], "peer": f"vm:vm-{number + 1}"},
+        {"direction": "in", "action": "allow", "protocol": "tcp", "ports": ["5432"], "peer": f"vm:vm-{number + 1:05d}"},
         {"direction": "out", "action": "deny", "protocol": "tcp", "ports": ["25"]},
         {"direction": "out", "action": "deny", "peer": "198.51.100.0/24"},
         {"direction": "out", "action": "allow", "protocol": "udp", "ports": ["53"], "peer": "host"},
@@ -59,7 +56,7 @@ def nic(number: int) -> Nic:
     address, six = str(LAB.subnet[number + 2]), str(by_mac(LAB.prefix, mac))
     tags = ("office",) if number % 10 == 0 else ()
     judged = filter_of(spec(number), LAB, {"lab": LAB})
-    return Nic(vm, f"vm-{number}", 0, LAB.id, mac, address, six, (), False, tags, judged)
+    return Nic(vm, f"vm-{number:05d}", 0, LAB.id, mac, address, six, tags=tags, filter=judged)
 
 
 @contextmanager
@@ -107,8 +104,9 @@ def round_trip(one: str, other: str, at: tuple[str, str]) -> float:
         return median([timed(once) for _ in range(TRIPS)])
 
 
-async def measure() -> None:
-    found: dict[str, list[float]] = {}
+async def trips() -> None:
+    """The way of a packet through the rules of both guests, with nobody else there and with all."""
+    found: dict[int, list[float]] = {}
     with (
         namespace("ours") as host, namespace("one") as one, namespace("other") as other,
         tempfile.TemporaryDirectory(prefix="inn-bench-") as folder, inside(host),
@@ -117,40 +115,77 @@ async def measure() -> None:
         cards = [nic(number) for number in range(MANY)]
         try:
             await fabric.add(LAB)
-            for card in cards[:2]:
-                plug(host, one if card is cards[0] else other, card)
+            for card, guest in zip(cards[:2], (one, other), strict=True):
+                plug(host, guest, card)
             at = (str(cards[0].address), str(cards[1].address))
-            for count in (1, FEW, MANY):
-                await fabric.begin([LAB], {card.vm: (card,) for card in cards[: max(count, 2)]})
+            for count in (2, MANY):
+                await fabric.begin([LAB], {card.vm: (card,) for card in cards[:count]})
                 round_trip(one, other, at)  # neighbours are known from here on
-                found[f"trip {count}"] = [round_trip(one, other, at) for _ in range(RUNS)]
-                if count == 1:
-                    continue
-                changed = replace(
-                    cards[1], filter=filter_of(FirewallSpec(inbound="allow", rules=spec(1).rules[1:]), LAB, {})
-                )
-                took = []
-                for number in range(RUNS * 2):
-                    begun = time.perf_counter()
-                    await fabric.set_vm(cards[1].vm, (changed if number % 2 == 0 else cards[1],))
-                    took.append(time.perf_counter() - begun)
-                found[f"change {count}"] = took
-            assert await firewall.is_whole(fabric._rules())
+                found[count] = [round_trip(one, other, at) for _ in range(RUNS)]
         finally:
             await fabric.remove(LAB)
-    for what, limit in (("change", "at most 2"), ("trip", "at most 1.1")):
-        few, many = (median(found[f"{what} {count}"]) for count in ((FEW if what == "change" else 1), MANY))
-        name = {"change": "a change of one VM's rules, of", "trip": "a round trip between guests, of"}[what]
-        unit, text = (1e3, "ms") if what == "change" else (1e6, "µs")
-        say(
-            f"{name} {MANY} VMs with 10 rules each",
-            f"{many * unit:.1f} {text}",
-            f"{few * unit:.1f} {text}",
-            many / few,
-            limit,
-        )
+    alone, all_of_them = median(found[2]), median(found[MANY])
+    words = [f"{seconds * 1e6:.1f} µs" for seconds in (all_of_them, alone)]
+    say(f"round trip between two guests, with {MANY} of them or alone", *words, all_of_them / alone, "at most 1.1")
+
+
+def stopped(count: int) -> dict[str, dict]:
+    """The documents of so many VMs in the network, as the daemon writes them, but with ids that differ from their
+    beginning on, as real ones do."""
+    documents = {}
+    for key, value in records(count).items():
+        vm_id = _id(value["id"])
+        value["id"] = vm_id
+        if key.startswith("vm/"):
+            number = int(value["name"].removeprefix("vm-"))
+            key = f"vm/{vm_id}"
+            value["spec"]["nics"][0] |= {"mode": "network", "network": "lab"}
+            value["spec"] |= {
+                "firewall": spec(number).model_dump(mode="json"), "tags": ["office"] if number % 10 == 0 else [],
+            }  # fmt: skip
+            value["identity"] |= {"id": vm_id, "ssh_port": None}
+        documents[key] = value
+    return documents
+
+
+def _id(number: str) -> str:
+    return number[3:] + number[:3]
+
+
+def change(count: int) -> float:
+    """Seconds of one change, as a user sees it."""
+    with namespace(f"of-{count}") as host, running_daemon(namespace=host) as daemon:
+        daemon.inn.network_create("lab", subnet="10.77.0.0/20").wait()
+        network = daemon.inn.network("lab")
+        daemon.stop()
+        documents, subnet = stopped(count), ipaddress.IPv4Network(network["subnet"])
+        for number in range(1, count + 1):
+            who = {"id": _id(f"{number:012x}"), "name": f"vm-{number:05d}", "nic": 0}
+            documents[f"address/{network['id']}/{subnet[number + 1]}"] = who
+
+        async def write() -> None:
+            store = SQLiteStore(daemon.home.store)
+            await store.transact(documents)
+            await store.close()
+
+        asyncio.run(write())
+        daemon.start()
+        firewall = daemon.inn.vm("vm-00002").firewall
+        took = []
+        for number in range(RUNS + 2):
+            action = ("deny", "allow")[number % 2]
+            took.append(timed(lambda action=action: firewall.default("out", action).wait()))
+        return median(took[2:])
+
+
+def main() -> None:
+    version = subprocess.run(["nft", "--version"], capture_output=True, text=True).stdout.strip()
+    print(f"{version}; {RUNS} runs, medians; load {os.getloadavg()[0]:.1f}")
+    few, many = change(FEW), change(MANY)
+    words = [f"{seconds * 1e3:.0f} ms" for seconds in (many, few)]
+    say(f"changing one VM's rules, of {MANY} VMs or of {FEW}", *words, many / few, "at most 2")
+    asyncio.run(trips())
 
 
 if __name__ == "__main__":
-    print(subprocess.run(["nft", "--version"], capture_output=True, text=True).stdout.strip(), f"{RUNS} runs, medians")
-    asyncio.run(measure())
+    main()

@@ -17,7 +17,7 @@ RUN = (
     "qemu-utils", "seabios",
 )  # fmt: skip
 """What Innkeeper needs on a host."""
-TEST = ("binutils", "git", "iptables", "qemu-guest-agent")
+TEST = ("binutils", "git", "iptables", "passt", "qemu-guest-agent")
 """What its tests need besides."""
 SUITES = {"12": "debian-12", "13": "debian-13"}
 """Debian's version → the image that a first guest is made from."""

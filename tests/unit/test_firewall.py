@@ -276,7 +276,7 @@ def test_what_is_said_of_it():
         sentence("web", entry) == "web was kept from the ICMPv6 of 10.77.0.3: 4 packets; the default for what goes out"
     )
     vm = {"name": "web", "spec": {"nics": [{"mode": "network"}, {"mode": "user"}]}}
-    said = remarks(vm, SetDefault(direction="in", action="deny"), (WEB,))
+    said = remarks(vm, SetDefault(direction="in", action="deny"))
     assert "in tcp 22 --from host" in said[0] and "not for card 1" in said[1]
 
 

@@ -66,6 +66,8 @@ class Fabric:
             self._ruled, self._tagged = {}, {}
             self._judge(self._nics)
             await firewall.apply(self._rules())
+            self.watch.end()  # of so much news of our own some are lost, as if they were somebody else's
+            self.watch.begin()
             await self._everything(first=True)
 
     async def add(self, network: Network) -> None:
@@ -265,25 +267,44 @@ class Fabric:
 
     def _judge(self, vms: Collection[str]) -> list[Command]:
         """From what the firewall has of these VMs to what it should have; and of those whose rules name one of them,
-        where its addresses are other ones."""
-        cards = [nic for vm in vms for nic in (*self._ruled.get(vm, ()), *self._nics.get(vm, ()))]
-        moved = {f"vm:{nic.name}" for nic in cards}
-        touched = {vm for vm, nics in self._nics.items() if any(nic.filter and nic.filter.vms & moved for nic in nics)}
-        judged = [nic.filter for vm in touched.union(vms) for nic in self._nics.get(vm, ()) if nic.filter]
-        wanted = frozenset[str]().union(*(each.vms for each in judged))
-        who: dict[str, frozenset[str]] = {}
-        for nic in self._all_nics():
-            if (name := f"vm:{nic.name}") in wanted:
-                who[name] = who.get(name, frozenset()) | frozenset(nic.addresses)
-        tagged, self._tagged = self._tagged, filter.tagged(self._all_nics())
-        first, last = filter.tags_changed(tagged, self._tagged)
-        for vm in touched.union(vms):
+        where its addresses are other ones. With many VMs, looking at all of them takes as long as the change."""
+        was = [nic for vm in vms for nic in self._ruled.get(vm, ())]
+        will = [nic for vm in vms for nic in self._nics.get(vm, ())]
+        touched = set(vms)
+        if {(nic.name, nic.addresses) for nic in was} != {(nic.name, nic.addresses) for nic in will}:
+            moved = {f"vm:{nic.name}" for nic in (*was, *will)}
+            for vm, cards in self._nics.items():
+                if any(nic.filter and nic.filter.vms & moved for nic in cards):
+                    touched.add(vm)
+        judged = [nic.filter for vm in touched for nic in self._nics.get(vm, ()) if nic.filter]
+        who = self._addresses(frozenset[str]().union(*(each.vms for each in judged)))
+        first, last = self._retag(was, will)
+        for vm in touched:
             before, now = self._ruled.get(vm, ()), tuple(with_addresses(nic, who) for nic in self._nics.get(vm, ()))
             first += _difference(before, now) if before != now else []
             self._ruled[vm] = now
             if not now:
                 del self._ruled[vm]
         return [*first, *last]
+
+    def _addresses(self, wanted: Collection[str]) -> dict[str, frozenset[str]]:
+        """Of VMs that are named `vm:NAME`."""
+        found = {name.removeprefix("vm:"): frozenset[str]() for name in wanted}
+        for nic in self._all_nics() if found else ():
+            if nic.name in found:
+                found[nic.name] |= frozenset(nic.addresses)
+        return {f"vm:{name}": addresses for name, addresses in found.items()}
+
+    def _retag(self, was: list[Nic], will: list[Nic]) -> tuple[list[Command], list[Command]]:
+        """What has to be done to the sets of tags before and after these cards become those."""
+
+        def tags(nics: list[Nic]) -> set[object]:
+            return {(nic.tags, nic.addresses if nic.tags else (), nic.filter and nic.filter.tags) for nic in nics}
+
+        if tags(was) == tags(will):
+            return [], []
+        before, self._tagged = self._tagged, filter.tagged(self._all_nics())
+        return filter.tags_changed(before, self._tagged)
 
     def _all_nics(self) -> list[Nic]:
         return [nic for cards in self._nics.values() for nic in cards]

@@ -42,7 +42,9 @@ def is_own(pid: int) -> bool:
 
 async def is_whole(commands: Sequence[Command]) -> bool:
     """Whether what these commands make is there, and nothing of ours besides."""
-    return objects(commands) == objects(await _listed())
+    listed = await _listed()
+    # in a thread: with a thousand VMs there are megabytes to compare
+    return await asyncio.to_thread(lambda: objects(commands) == objects(listed))
 
 
 async def has(commands: Sequence[Command], table: tuple[str, str]) -> bool:
@@ -183,7 +185,7 @@ async def _listed(tables: Iterable[tuple[str, str]] = TABLES) -> list[Command]:
     for family, name in tables:
         status, text, _ = await _run("nft", "-j", "list", "table", family, name)
         if status == 0:
-            found += json.loads(text)["nftables"]
+            found += (await asyncio.to_thread(json.loads, text))["nftables"]
     return found
 
 

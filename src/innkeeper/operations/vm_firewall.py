@@ -12,9 +12,8 @@ from pydantic import TypeAdapter
 
 from innkeeper.base.errors import ActionRefused
 from innkeeper.operations.engine import Context, Step, Verb, always
-from innkeeper.operations.networks import follow, nics
+from innkeeper.operations.networks import follow
 from innkeeper.operations.world import World
-from innkeeper.plan.network import Nic
 from innkeeper.plan.rules import with_change
 from innkeeper.spec.firewall import AddRule, FirewallChange, FirewallRule, SetDefault, SetTags
 from innkeeper.spec.vm import VMSpec
@@ -73,7 +72,7 @@ async def bring(ctx: Context) -> None:
     """The host has what the document says."""
     await follow(ctx.world, ctx.target["id"])
     vm = await ctx.world.find("vm", ctx.target["id"])
-    ctx.result["warnings"] = remarks(vm, CHANGE.validate_python(ctx.args["change"]), await nics(ctx.world, vm))
+    ctx.result["warnings"] = remarks(vm, CHANGE.validate_python(ctx.args["change"]))
 
 
 async def take_back(ctx: Context) -> None:
@@ -85,13 +84,13 @@ async def take_back(ctx: Context) -> None:
     await follow(ctx.world, ctx.target["id"])
 
 
-def remarks(vm: Value, change: FirewallChange, cards: tuple[Nic, ...]) -> list[str]:
+def remarks(vm: Value, change: FirewallChange) -> list[str]:
     """What whoever asked for it may not have thought of, in sentences."""
     said, name = [], vm["name"]
     if isinstance(change, SetDefault) and change.action == "deny":
         if change.direction == "out":
             said.append(f"this keeps {name} from DNS too: inn firewall allow {name} out udp 53 --to host")
-        elif any(card.address for card in cards):
+        else:
             said.append(f"this keeps inn ssh out too: inn firewall allow {name} in tcp 22 --from host")
     wired = [(str(index), nic["mode"]) for index, nic in enumerate(vm["spec"]["nics"])]
     others = [index for index, mode in wired if mode not in ("network", "none", "absent")]
