@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from house import UPLINK, House, scratch
+from namespaces import run as run_in
 
 from innkeeper.client import Innkeeper
 from innkeeper.client.operation import Operation
@@ -150,6 +151,27 @@ def have_bridged(house: House) -> None:
 
 def create_bridged(inn: Innkeeper) -> Operation:
     return inn.network_create(NAME, mode="bridged", parent=UPLINK)
+
+
+def in_a_network(house: House) -> None:
+    have_network(house)
+    house.inn.create(spec(nics=[{"mode": "network", "network": NAME}]), start=False).wait()
+
+
+def let_nothing_in(inn: Innkeeper) -> Operation:
+    return inn.vm(NAME).firewall.default("in", "deny")
+
+
+def lets_in(action: str) -> Callable[[House], None]:
+    """In the document, and in the host's firewall."""
+
+    def look(house: House) -> None:
+        assert house.inn.vm(NAME).firewall.overview()["inbound"] == action
+        assert house.namespace is not None
+        listed = run_in(house.namespace, "nft", "list", "table", "bridge", "innkeeper")
+        assert ('comment "default in"' in listed) == (action == "deny")
+
+    return look
 
 
 def has_network(house: House) -> None:
@@ -541,6 +563,7 @@ SCENARIOS: dict[str, Scenario] = {
     "vm-update": Scenario(update, memory(48), memory(32), make),
     "vm-nics": Scenario(publish, published(port(), port(2)), published(port()), run),
     "vm-nics, of one that is stopped": Scenario(add_card, cards("virtio", "e1000e"), cards("virtio"), make),
+    "vm-firewall, in a network": Scenario(let_nothing_in, lets_in("deny"), lets_in("allow"), in_a_network),
     "vm-nics, set": Scenario(pull_out, link("down"), link("up"), run),
     "vm-delete": Scenario(act("delete"), gone, state("stopped", "deleting"), make),
     "vm-delete, a linked clone": Scenario(

@@ -88,7 +88,7 @@ def elsewhere():
 @pytest.fixture
 def house(kept, request):
     name = request.node.callspec.params["name"]
-    of_networks = name.startswith("network-") or name.endswith("on an interface")
+    of_networks = name.startswith("network-") or name.endswith(("on an interface", "in a network"))
     where = request.getfixturevalue("elsewhere") if of_networks else None
     if kept and kept[0].namespace != where:
         kept.pop().clean()
