@@ -162,8 +162,11 @@ def test_a_card_comes_and_goes_while_the_guest_runs(lab, host, outside):
     assert vm.nics[1]["tap"] == new and vm.nics[1]["parent"] == "eth0"
     assert sh(lab, "two", "ip link set eth1 up && ip addr add 192.0.2.60/24 dev eth1")[0]
     assert answers(outside, "192.0.2.60")
-    with pytest.raises(ApiError, match="of mode macvtap: nothing comes in there"):
+    with pytest.raises(ApiError, match="of mode macvtap: its packets go past this host"):
         vm.publish("8080:80", nic=1)
+    for link, carrier in (("down", "0"), ("up", "1")):
+        vm.nic_set(1, link=link).wait()
+        assert eventually(lambda want=carrier: sh(lab, "two", "cat /sys/class/net/eth1/carrier")[1].strip() == want)
     vm.nic_remove(1).wait()
     assert macvtaps(host) == there
 

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 from conftest import running_daemon
+from inside import begin
 from namespaces import namespace, run
 
+from innkeeper.client.errors import ApiError
 from innkeeper.client.wishes import vm_spec
 from innkeeper.network.passt import processes
 from innkeeper.qemu import cgroup
@@ -27,6 +29,15 @@ with socket.create_server(("::", 7000), family=socket.AF_INET6, dualstack_ipv6=T
         connection, who = server.accept()
         connection.sendall(who[0].encode())
         connection.close()
+"""
+ASK = """
+import socket, sys
+with socket.create_connection((sys.argv[1], int(sys.argv[2])), 20) as line:
+    line.sendall(sys.argv[3].encode())  # the guest of Debian 12's passt hears of no connection before that
+    try:
+        print(line.recv(99).decode(), end="")
+    except ConnectionError:  # it does not listen at this moment
+        pass
 """
 
 
@@ -86,6 +97,20 @@ def test_a_guest_reaches_out_by_both_versions_and_not_its_host(lab):
     assert sh(lab, "web", "timeout 8 nc 192.0.2.2 7000 </dev/null") == "::ffff:192.0.2.1"
     assert eventually(lambda: sh(lab, "web", "timeout 8 nc 2001:db8::2 7000 </dev/null") == "2001:db8::1")
     assert "192.0.2" not in sh(lab, "web", "timeout 4 nc 10.0.2.2 7000 </dev/null")  # the host's loopback
+
+
+def test_published_ports_and_the_one_for_ssh_lead_in(lab, host, outside):
+    vm = lab.inn.vm("web")
+    begin(vm, "while true; do nc -l -p 80 -e cat; done")
+    begin(vm, "while true; do nc -l -p 22 -e cat; done")
+    assert eventually(lambda: ":80 " in (there := sh(lab, "web", "netstat -ltn")) and ":22 " in there)
+    for where, address in ((outside, "192.0.2.1"), (host, "192.0.2.1"), (host, "127.0.0.1")):
+        asked = where, sys.executable, "-c", ASK, address, "8080", "hello"
+        assert eventually(lambda asked=asked: run(*asked)) == "hello"
+    greets = f"from innkeeper.cli.ssh import _greets; print(_greets('127.0.0.1', {vm.info['ssh_port']}))"
+    assert eventually(lambda: run(host, sys.executable, "-c", greets) == "True\n")
+    with pytest.raises(ApiError, match="takes its ports when the VM starts"):
+        vm.publish("8081:81")
 
 
 def test_it_is_confined_as_its_vm(lab):

@@ -25,6 +25,13 @@ from innkeeper.spec.nic import NicSpec
         ({"mode": "network", "network": "lab", "macvtap_mode": "vepa"}, "has no macvtap_mode"),
         ({"mode": "macvtap", "parent": "eth0", "vlan": 5}, "that is of sriov"),
         ({"mode": "network", "network": "lab", "backend": "passt"}, "that is of user"),
+        (
+            {"backend": "passt", "publish": [{"host": 1, "guest": 1, "address": "::1"}]},
+            "has passt lead in over IPv4 only",
+        ),
+        ({"backend": "passt", "address": "10.0.2.16"}, "only Innkeeper's networks give them"),
+        ({"backend": "passt", "limit": "1mbit"}, "could hold them back"),
+        ({"mode": "sriov", "parent": "eth0", "link": "down"}, "QEMU does not have it in hand"),
         ({"mode": "sriov", "parent": "eth0", "vlan": 4095}, "4094"),
         ({"mode": "sriov", "parent": "eth0", "model": "e1000e"}, "leave the model out"),
         ({"mode": "macvtap", "parent": "eth0", "macvtap_mode": "passthru"}, "'bridge', 'vepa' or 'private'"),

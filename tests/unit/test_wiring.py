@@ -16,9 +16,9 @@ from innkeeper.spec.nic import NicSpec, PortForward
 from innkeeper.spec.wiring import AddNic, Publish, RemoveNic, SetNic, Unpublish
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "golden"))
-from specs import CASES
+from specs import CASES, ON_HOST
 
-BY_NAME = {case.name: case for case in CASES}
+BY_NAME = {case.name: case for case in (*CASES, *ON_HOST)}
 
 
 def vm(case="default"):
@@ -72,6 +72,39 @@ def test_a_port_needs_a_card_that_is_plugged_in():
         changed(*vm("nic-none"), Publish(forward=port(80)))
     with pytest.raises(ActionRefused, match="of mode none"):
         changed(*vm("nics-three"), Publish(forward=port(80), nic=1))
+
+
+@pytest.mark.parametrize("case", ["nic-macvtap", "nic-sriov"])
+def test_a_card_on_an_interface_of_the_host_has_no_ports_and_comes_into_no_network(case):
+    spec, identity = vm(case)
+    spec = spec.model_copy(update={"nics": spec.nics[:1]})
+    parent = spec.nics[0].parent
+    for change, words in (
+        (Publish(forward=port(80)), f"no card of {spec.name} can have a port published; card 0 is of mode"),
+        (Publish(forward=port(80), nic=0), f"past this host, and others outside {parent} reach the guest's own"),
+        (SetNic(index=0, network="lab"), f"card 0 is on {parent} of the host, past Innkeeper's networks"),
+        (SetNic(index=0, limit="1mbit"), "takes no limit: its packets pass nothing of the host's"),
+        (SetNic(index=0, address="10.77.0.2"), "cannot be given an address: the network outside gives them"),
+    ):
+        with pytest.raises((ActionRefused, InvalidInput), match=words):
+            changed(spec, identity, change)
+
+
+def test_a_card_with_passt_is_one_of_user_mode():
+    spec, identity = vm("nic-passt")
+    new, _ = changed(spec, identity, Publish(forward=port(81, address="::")))
+    assert new.nics[0].publish[-1] == port(81, address="0.0.0.0")
+    for change, words in (
+        (Publish(forward=port(81, address="::1")), "has passt lead in over IPv4 only"),
+        (SetNic(index=0, limit="1mbit"), "takes no limit"),
+        (SetNic(index=0, address="10.0.2.16"), "only Innkeeper's networks give them"),
+    ):
+        with pytest.raises(InvalidInput, match=words):
+            changed(spec, identity, change)
+    change = SetNic(index=0, network="lab")
+    assert changed(spec, identity, change)[0].nics[0].backend == "qemu"
+    with pytest.raises(ActionRefused, match="the mode of card 0 is user"):
+        check_live(spec, identity, change)
 
 
 def test_cards_keep_their_numbers_and_their_places():

@@ -23,6 +23,8 @@ from innkeeper.client import VM, Innkeeper
 
 SSHD_DEADLINE = 60.0
 """Seconds to wait for a guest that is still booting."""
+HELLO = b"SSH-2.0-innkeeper\r\n"
+"""Either side may greet first (RFC 4253, 4.2); behind a passt of 2023 the guest hears of nobody who waits for it to."""
 
 
 def ssh(inn: Innkeeper, args: Namespace) -> int:
@@ -109,6 +111,7 @@ def wait_for_sshd(way: dict[str, Any], deadline: float = SSHD_DEADLINE) -> None:
 def _greets(address: str, port: int) -> bool:
     try:
         with socket.create_connection((address, port), timeout=5) as connection:
+            connection.sendall(HELLO)
             return connection.recv(4) == b"SSH-"
     except OSError:
         return False

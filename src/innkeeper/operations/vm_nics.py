@@ -117,7 +117,7 @@ async def _bring(ctx: Context, seconds: float) -> None:
     for index, nic in enumerate(spec.nics):
         if of_qemu(nic):
             await cards.forward(machine.monitor, f"net{index}", user_forwards(index, nic, identity))
-        if nic.mode in ("user", "network"):
+        if nic.mode in ("user", "network", "macvtap"):
             await cards.set_link(machine.monitor, index, up=nic.link == "up")
 
 

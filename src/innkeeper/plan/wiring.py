@@ -86,8 +86,13 @@ def replugged(old: VMSpec, new: VMSpec) -> list[int]:
 def _set(nic: NicSpec, change: SetNic) -> NicSpec:
     """The card with what the change names. Raises `InvalidInput`."""
     wish = {key: value for key, value in change if key in NicSpec.model_fields and value is not None}
+    if change.network and nic.parent:
+        raise InvalidInput(
+            f"card {change.index} is on {nic.parent} of the host, past Innkeeper's networks, and comes into none",
+            field="network", hint=f"take it away (inn nic rm) and add another: inn nic add --network {change.network}",
+        )  # fmt: skip
     if change.network not in (None, nic.network):
-        wish = {"mode": "network", "address": None} | wish
+        wish = {"mode": "network", "address": None, "backend": "qemu"} | wish
     if change.limit == 0:
         wish["limit"] = None
     if not wish:
@@ -113,15 +118,28 @@ def _existing(spec: VMSpec, index: int) -> NicSpec:
 
 def _card(spec: VMSpec, wanted: int | None) -> int:
     if wanted is not None:
-        if (mode := _existing(spec, wanted).mode) not in ("user", "network"):
-            raise ActionRefused(f"card {wanted} of {spec.name} is of mode {mode}: nothing comes in there")
+        nic = _existing(spec, wanted)
+        if nic.mode not in ("user", "network"):
+            why = _past_the_host(nic) if nic.parent else "nothing comes in there"
+            raise ActionRefused(f"card {wanted} of {spec.name} is of mode {nic.mode}: {why}")
         return wanted
     for index, nic in enumerate(spec.nics):
         if nic.mode in ("user", "network"):
             return index
+    for index, nic in enumerate(spec.nics):
+        if nic.parent:
+            raise ActionRefused(
+                f"no card of {spec.name} can have a port published; card {index} is of mode {nic.mode}:"
+                f" {_past_the_host(nic)}",
+                hint=f"inn nic add {spec.name} --network NETWORK",
+            )
     raise ActionRefused(
         f"{spec.name} has no network card that is plugged in", hint=f"inn nic add {spec.name} --network NETWORK"
     )
+
+
+def _past_the_host(nic: NicSpec) -> str:
+    return f"its packets go past this host, and others outside {nic.parent} reach the guest's own address"
 
 
 def _check_unpublished(spec: VMSpec, identity: Identity, forward: PortForward) -> None:

@@ -108,24 +108,26 @@ class NicSpec(Model):
         if self.mode == "sriov" and self.model != "virtio":
             raise ValueError("a virtual function is what it is: leave the model out")
         if self.address and self.mode != "network":
-            by = "the network outside" if self.parent else "Innkeeper's networks only"
-            raise ValueError(f"a card of mode {self.mode!r} cannot be given an address: {by} gives them")
+            by = "the network outside gives them" if self.parent else "only Innkeeper's networks give them"
+            raise ValueError(f"a card of mode {self.mode!r} cannot be given an address: {by}")
         if self.limit and self.mode != "network":
             raise ValueError(
                 f"a card of mode {self.mode!r} takes no limit: its packets pass nothing of the host's that could hold"
                 " them back; put it into a network"
             )
-        if self.link == "down" and self.mode in ("none", "absent"):
-            raise ValueError(f"a card of mode {self.mode!r} has no cable to pull out")
+        if self.link == "down" and self.mode in ("none", "absent", "sriov"):
+            why = ": QEMU does not have it in hand" if self.parent else ""
+            raise ValueError(f"a card of mode {self.mode!r} has no cable to pull out{why}")
         if self.publish and self.mode not in ("user", "network"):
             own = ": others reach the guest's own address" if self.parent else ""
             raise ValueError(f"a port cannot be published on a card of mode {self.mode!r}{own}")
         if self.mode == "network" and any(forward.address == "::1" for forward in self.publish):
             raise ValueError("Linux leads nothing from ::1 into a network; publish on 127.0.0.1, or on `::` for all")
         if self.mode == "user" and (beyond := [f.address for f in self.publish if 6 in f.families]):
+            nat = "Innkeeper has passt lead" if self.backend == "passt" else "QEMU's own NAT leads"
             raise ValueError(
-                f"QEMU's own NAT leads in over IPv4 only, not from {beyond[0]}: 0.0.0.0 is all of IPv4; or put the card"
-                " into a nat network"
+                f"{nat} in over IPv4 only, not from {beyond[0]}: 0.0.0.0 is all of IPv4; or put"
+                " the card into a nat network"
             )
         return self
 
