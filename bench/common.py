@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from conftest import Daemon, running_daemon
 
-__all__ = ["Daemon", "median", "records", "running_daemon", "say", "timed"]
+CLONE_NEWNET = 0x40000000
+__all__ = ["Daemon", "inside", "median", "records", "running_daemon", "say", "timed"]
 
 
 def timed(action: Callable[[], object]) -> float:
@@ -29,6 +33,21 @@ def median(seconds: list[float]) -> float:
 def say(what: str, ours: str, peer: str, ratio: float, limit: str) -> None:
     """One result."""
     print(f"{what}: ours {ours}, peer {peer}, ratio {ratio:.2f} (wanted: {limit})", flush=True)
+
+
+@contextmanager
+def inside(name: str) -> Iterator[None]:
+    """This thread makes its sockets in a namespace."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    home, there = (os.open(path, os.O_RDONLY) for path in ("/proc/self/ns/net", f"/run/netns/{name}"))
+    try:
+        if libc.setns(there, CLONE_NEWNET):
+            raise OSError(ctypes.get_errno(), f"setns {name}")
+        yield
+    finally:
+        libc.setns(home, CLONE_NEWNET)
+        os.close(home)
+        os.close(there)
 
 
 def records(count: int) -> dict[str, dict]:

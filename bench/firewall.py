@@ -11,18 +11,15 @@ is UDP between two veths.
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import ipaddress
 import os
 import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-from common import median, records, running_daemon, say, timed
+from common import inside, median, records, running_daemon, say, timed
 from namespaces import namespace, run
 
 from innkeeper.network.fabric import Fabric
@@ -33,7 +30,6 @@ from innkeeper.store.sqlite import SQLiteStore
 
 RUNS = int(sys.argv[1]) if len(sys.argv) > 1 else 15
 FEW, MANY, TRIPS = 10, 1000, 3000
-CLONE_NEWNET = 0x40000000
 LAB = Network("a" * 12, "lab", "nat", Subnet("10.77.0.0/20"), ipaddress.IPv6Network("fd00:77::/64"), "inn")
 
 
@@ -57,21 +53,6 @@ def nic(number: int) -> Nic:
     tags = ("office",) if number % 10 == 0 else ()
     judged = filter_of(spec(number), LAB, {"lab": LAB})
     return Nic(vm, f"vm-{number:05d}", 0, LAB.id, mac, address, six, tags=tags, filter=judged)
-
-
-@contextmanager
-def inside(name: str) -> Iterator[None]:
-    """This thread lives in a namespace."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    home, there = (os.open(path, os.O_RDONLY) for path in ("/proc/self/ns/net", f"/run/netns/{name}"))
-    try:
-        if libc.setns(there, CLONE_NEWNET):
-            raise OSError(ctypes.get_errno(), f"setns {name}")
-        yield
-    finally:
-        libc.setns(home, CLONE_NEWNET)
-        os.close(home)
-        os.close(there)
 
 
 def plug(host: str, guest: str, card: Nic) -> None:

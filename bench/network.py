@@ -10,18 +10,15 @@ run a small Perl server: iperf3 would have to be on the host, too, and tells no 
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import json
-import os
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 
-from common import Daemon, median, running_daemon, say, timed
+from common import Daemon, inside, median, running_daemon, say, timed
 from namespaces import namespace, run
 
 from innkeeper.client.wishes import vm_spec
@@ -31,7 +28,6 @@ from innkeeper.qemu.monitor import Monitor
 
 ROUNDS = int(sys.argv[1]) if len(sys.argv) > 1 else 12
 SIZE, TRIPS, PORT = 32 << 20, 200, 5000
-CLONE_NEWNET = 0x40000000
 
 SERVER = r"""
 socket(S, 2, 1, 6); setsockopt(S, 1, 2, pack("i", 1)); bind(S, pack("S n N x8", 2, 5000, 0)) or die; listen(S, 9);
@@ -121,21 +117,6 @@ def _receive(connection: socket.socket, size: int) -> None:
         if not got:
             raise ConnectionError("the guest has ended early")
         size -= got
-
-
-@contextmanager
-def inside(name: str) -> Iterator[None]:
-    """This thread makes its sockets in a namespace."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    home, there = (os.open(path, os.O_RDONLY) for path in ("/proc/self/ns/net", f"/run/netns/{name}"))
-    try:
-        if libc.setns(there, CLONE_NEWNET):
-            raise OSError(ctypes.get_errno(), f"setns {name}")
-        yield
-    finally:
-        libc.setns(home, CLONE_NEWNET)
-        os.close(home)
-        os.close(there)
 
 
 def program(*first: str) -> str:

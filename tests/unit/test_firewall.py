@@ -19,7 +19,8 @@ from innkeeper.cli.table import find
 from innkeeper.network.watch import NEW_GENERATION, generations
 from innkeeper.operations.vm_firewall import remarks
 from innkeeper.plan import filter, ruleset, sender
-from innkeeper.plan.filter import Attempt, attempts, counted, filter_of, reason, tagged, tags_changed, with_addresses
+from innkeeper.plan.denials import Attempt, attempts, counted, reason
+from innkeeper.plan.filter import filter_of, tagged, tags_changed, with_addresses
 from innkeeper.plan.network import Network, Nic, Subnet, by_mac, nics_of
 from innkeeper.plan.rules import with_change
 from innkeeper.spec.firewall import AddRule, FirewallRule, FirewallSpec, RemoveRule, SetDefault, SetTags, port_range
@@ -162,7 +163,7 @@ def test_who_is_meant():
     # whom a rule names that is not there is nobody, and not everybody
     nobody = filter_of(FirewallSpec(rules=(FirewallRule(**spec, peer="network:gone"),)), LAB, NETWORKS)
     assert filter._matches(nobody.rules[0]) == []
-    assert tagged(resolved(WEB, DB, OUT))[filter._set_name("tag:web", 4)] == {"10.77.0.2", "10.77.0.3"}
+    assert tagged(resolved(WEB, DB, OUT))[filter.set_name("tag:web", 4)] == {"10.77.0.2", "10.77.0.3"}
 
 
 def test_a_vms_document_becomes_cards_with_its_rules():

@@ -21,7 +21,8 @@ from innkeeper.network.resolver import Resolver
 from innkeeper.network.traffic import Traffic
 from innkeeper.network.watch import Watch
 from innkeeper.plan import filter, ruleset
-from innkeeper.plan.filter import Attempt, reason, with_addresses
+from innkeeper.plan.denials import Attempt, reason
+from innkeeper.plan.filter import with_addresses
 from innkeeper.plan.network import Network, Nic, Subnet
 from innkeeper.plan.nft import Command
 from innkeeper.spec.nic import PortForward

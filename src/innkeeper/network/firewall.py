@@ -13,7 +13,7 @@ from contextlib import asynccontextmanager
 from innkeeper.base.child import start_child
 from innkeeper.base.errors import NetworkFailed, ToolMissing
 from innkeeper.host.gather import find_tool
-from innkeeper.plan import filter, sender
+from innkeeper.plan import denials, sender
 from innkeeper.plan.filter import BOTH, DENIALS
 from innkeeper.plan.network import MACVTAP
 from innkeeper.plan.nft import NAME, Command
@@ -75,12 +75,12 @@ async def counted(tap: str) -> dict[str, tuple[int, int]]:
     found: list[Command] = []
     for direction in BOTH:
         found += await _list("chain", f"{tap}-{direction}")
-    return filter.counted(found)
+    return denials.counted(found)
 
 
-async def attempts() -> dict[str, list[filter.Attempt]]:
+async def attempts() -> dict[str, list[denials.Attempt]]:
     """What rules have denied, by tap, the latest first."""
-    return filter.attempts([command for name in DENIALS for command in await _list("set", name)])
+    return denials.attempts([command for name in DENIALS for command in await _list("set", name)])
 
 
 async def _list(kind: str, name: str) -> list[Command]:

@@ -113,19 +113,6 @@ class Filter:
         return frozenset(peer for peer in peers if isinstance(peer, str) and peer.startswith(kind))
 
 
-@dataclass(frozen=True)
-class Attempt:
-    """What was denied: `direction` as the guest sees it, `peer` the other end, `port` the receiver's; of ICMP there is
-    none. `seconds` since the last of so many `packets`."""
-
-    direction: Direction
-    protocol: str
-    peer: str
-    port: int | None
-    packets: int
-    seconds: float
-
-
 def filter_of(spec: FirewallSpec, network: Network, networks: Mapping[str, Network]) -> Filter | None:
     """A VM's rules for a card in `network`; None where it has none. `networks` by name."""
     if spec == FirewallSpec():
@@ -171,11 +158,11 @@ def tagged(nics: Iterable[Nic]) -> dict[str, frozenset[str]]:
     """The addresses of those that have the tags that rules name, by name of the tag's set."""
     nics = list(nics)
     wanted = frozenset[str]().union(*(nic.filter.tags for nic in nics if nic.filter))
-    members: dict[str, set[str]] = {_set_name(peer, version): set() for peer in wanted for version in (4, 6)}
+    members: dict[str, set[str]] = {set_name(peer, version): set() for peer in wanted for version in (4, 6)}
     for nic in nics:
         for peer in wanted & {f"tag:{tag}" for tag in nic.tags} if nic.tags else ():
             for address in nic.addresses:
-                members[_set_name(peer, 6 if ":" in address else 4)].add(address)
+                members[set_name(peer, 6 if ":" in address else 4)].add(address)
     return {name: frozenset(addresses) for name, addresses in members.items()}
 
 
@@ -196,7 +183,8 @@ def tags_changed(
     return first, gone
 
 
-def _set_name(peer: str, version: int) -> str:
+def set_name(peer: str, version: int) -> str:
+    """Of the set of those who have a tag."""
     return f"tag{version}-{hashlib.sha256(peer.encode()).hexdigest()[:16]}"
 
 
@@ -384,7 +372,7 @@ def _matches(wanted: Rule) -> list[list[Expression]]:
     whom: list[list[Expression]] = []
     for peer in wanted.peers or ():
         if isinstance(peer, str):
-            whom += [[match(field(ip, side), f"@{_set_name(peer, version)}")] for ip, version in IPS]
+            whom += [[match(field(ip, side), f"@{set_name(peer, version)}")] for ip, version in IPS]
         else:
             whom.append([match(field("ip" if peer.version == 4 else "ip6", side), _address(peer))])
     return [[*one, *other] for one in ([[]] if wanted.peers is None else whom) for other in what]
@@ -457,62 +445,3 @@ def _routed_removed(nic: Nic, found: Filter) -> list[Command]:
 
 def _element(table: Command, name: str, element: Any) -> dict[str, Any]:
     return {"element": table | {"name": name, "elem": [element]}}
-
-
-# --- what has been counted and denied ---
-
-
-def counted(listed: Iterable[Command]) -> dict[str, tuple[int, int]]:
-    """Comment → (packets, bytes) of the rules in a card's chains, from what `nft -j list chain` says."""
-    found: dict[str, tuple[int, int]] = {}
-    for command in listed:
-        said = command.get("rule", {})
-        counter = next((each["counter"] for each in said.get("expr", ()) if "counter" in each), None)
-        if said.get("comment") and counter:
-            packets, octets = found.get(said["comment"], (0, 0))
-            found[said["comment"]] = packets + int(counter["packets"]), octets + int(counter["bytes"])
-    return found
-
-
-def attempts(listed: Iterable[Command]) -> dict[str, list[Attempt]]:
-    """What was denied, by tap, the latest first, from what `nft -j list set` says of the sets that it is in."""
-    found: dict[str, list[Attempt]] = {}
-    for command in listed:
-        name = str(command.get("set", {}).get("name", ""))
-        direction: Direction = "in" if name.startswith(f"{DENIED}-in") else "out"
-        for said in (each["elem"] for each in command.get("set", {}).get("elem", ())):
-            tap, protocol, source, target, port = said["val"]["concat"]
-            found.setdefault(tap, []).append(
-                Attempt(
-                    direction, str(protocol), str(source if direction == "in" else target),
-                    int(port) if protocol in ("tcp", "udp") else None, int(said["counter"]["packets"]),
-                    float(DENIED_FOR) - float(said["expires"]),
-                )
-            )  # fmt: skip
-    return {tap: sorted(denied, key=lambda attempt: attempt.seconds) for tap, denied in found.items()}
-
-
-def reason(found: Filter, members: Mapping[str, frozenset[str]], attempt: Attempt) -> int | None:
-    """The number of the rule that denies it, as the rules are now; None for the default."""
-    for number, each in enumerate(found.rules, 1):
-        if each.direction == attempt.direction and _fits(each, members, attempt):
-            return number if each.action == "deny" else None
-    return None
-
-
-def _fits(wanted: Rule, members: Mapping[str, frozenset[str]], attempt: Attempt) -> bool:
-    protocol = {"ipv6-icmp": "icmp"}.get(attempt.protocol, attempt.protocol)
-    if wanted.protocol not in ("any", protocol):
-        return False
-    if wanted.ports and not any(first <= (attempt.port or 0) <= last for first, last in wanted.ports):
-        return False
-    if wanted.peers is None:
-        return True
-    address = ipaddress.ip_address(attempt.peer)
-    for peer in wanted.peers:
-        if isinstance(peer, str):
-            if attempt.peer in members.get(_set_name(peer, address.version), ()):
-                return True
-        elif address in peer:
-            return True
-    return False
