@@ -10,6 +10,7 @@ import base64
 import contextlib
 import hashlib
 import json
+import math
 import os
 import secrets
 import shutil
@@ -24,7 +25,7 @@ from innkeeper.base.errors import AgentFailed, AgentUnavailable, InnkeeperError,
 from innkeeper.qemu import agent as agent_module
 from innkeeper.qemu import agent_exec
 from innkeeper.qemu.agent import LINE_LIMIT, Agent
-from innkeeper.qemu.agent_exec import STDIN_LIMIT, Chunk, Exit, capture, execute
+from innkeeper.qemu.agent_exec import POLL_MAX, POLL_MIN, STDIN_LIMIT, Chunk, Exit, capture, execute
 from innkeeper.qemu.agent_files import read_file, write_file
 
 SLEEP = f"60.{os.getpid()}"
@@ -161,14 +162,26 @@ async def test_status_and_both_outputs(agent: Agent) -> None:
     assert (await run(agent, "sh", "-c", "kill -9 $$"))[0].status == 137
 
 
-async def test_a_short_command_takes_few_questions(agent: Agent) -> None:
+async def test_a_short_command_takes_few_questions(agent: Agent, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(agent_exec, "STREAM_AFTER", 60.0)  # how long "short" takes here is a matter of load
+    asked: list[str] = []
+    call, loop = agent.call, asyncio.get_running_loop()
+
+    async def counted(command: str, *arguments: object, **options: object) -> object:
+        asked.append(command)
+        return await call(command, *arguments, **options)  # type: ignore[arg-type]
+
     await run(agent, "true")
-    before = agent.calls
-    await capture(agent, ["true"])
-    assert agent.calls - before <= 4
-    before = agent.calls
-    await run(agent, "true")
-    assert agent.calls - before <= 8, "start, then nothing but status"
+    monkeypatch.setattr(agent, "call", counted)
+    for command in (capture(agent, ["true"]), run(agent, "true")):
+        asked.clear()
+        began = loop.time()
+        await command
+        took = loop.time() - began
+        looks = len(asked) - 1
+        assert asked == ["guest-exec"] + ["guest-exec-status"] * looks, "start, then nothing but status"
+        # Each look is twice as long after the last one as that was, up to POLL_MAX.
+        assert looks <= 2 + math.log2(1 + took / POLL_MIN) + took / POLL_MAX
 
 
 @pytest.mark.parametrize(
