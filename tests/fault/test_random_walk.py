@@ -119,7 +119,7 @@ def with_kill(house: House, wish, seconds: float) -> None:
     house.end()
 
 
-@pytest.mark.parametrize("seconds", [45, pytest.param(600, marks=[pytest.mark.slow, pytest.mark.timeout(1200)])])
+@pytest.mark.parametrize("seconds", [25, pytest.param(600, marks=[pytest.mark.slow, pytest.mark.timeout(1200)])])
 def test_random_walk(seconds):
     house = House()
     try:

@@ -93,7 +93,7 @@ class Guest:
         answered = False
         while not answered:
             self.send("guest-sync", id=next(ids))
-            answered = bool(select.select([end], [], [], 20)[0])
+            answered = bool(select.select([end], [], [], 3)[0])
         last = next(ids)
         self.send("guest-sync", id=last)
         while json.loads(stream.readline()).get("return") != last:

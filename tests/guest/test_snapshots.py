@@ -3,10 +3,11 @@
 import os
 import random
 import signal
+import subprocess
 import time
 
 import pytest
-from inside import begin, crashed, layers, mounted, over, sh
+from inside import begin, crashed, layers, mounted, on_disk, over, sh
 
 from innkeeper.client.errors import ApiError, DaemonUnreachable
 
@@ -47,9 +48,8 @@ def test_a_restore_brings_back_what_was_there_and_can_be_undone(daemon, vm):
     assert vm.snapshots.overview()["present"]["at"] == "before"
     vm.snapshots.prune(automatic=True).wait()
     assert names(vm) == ["before"] and layers(daemon, vm) == 2
-    vm.start()
-    mounted(vm)
-    assert sh(vm, "ls /data").split() == ["a", "lost+found"]
+    (there,) = on_disk(daemon, vm, "ls -p /")
+    assert "/a/" in there and "/b/" not in there
 
 
 WRITER = """
@@ -73,8 +73,8 @@ def all_written(vm) -> None:
     assert int(sh(vm, CHECK, timeout=300)) > 5
 
 
-@pytest.mark.parametrize("count", [6, pytest.param(12, marks=pytest.mark.slow)])
-def test_snapshots_go_in_any_order_while_the_guest_writes(daemon, vm, count):
+@pytest.mark.parametrize("count", [4, pytest.param(12, marks=pytest.mark.slow)])
+def test_snapshots_go_in_any_order_while_the_guest_writes(daemon, vm, tmp_path, count):
     write_on(vm)
     chance = random.Random(7)
     taken = []
@@ -90,11 +90,10 @@ def test_snapshots_go_in_any_order_while_the_guest_writes(daemon, vm, count):
         assert vm.state == "running"
     assert layers(daemon, vm) == 1
     all_written(vm)
-    sums = sh(vm, "cd /data; md5sum file-*; cd /; umount /data")
+    sh(vm, "cd /data; md5sum file-* >sums; cd /; umount /data")
     vm.stop(force=True)
-    vm.start()
-    mounted(vm)
-    assert sh(vm, "cd /data; md5sum file-*", timeout=300) == sums
+    on_disk(daemon, vm, f"rdump / {tmp_path}")
+    subprocess.run(["md5sum", "--check", "--quiet", "sums"], cwd=tmp_path, check=True)
 
 
 def test_what_a_stopped_vm_does_not_need_is_merged_without_it(daemon, vm):
@@ -121,14 +120,14 @@ def test_what_a_stopped_vm_does_not_need_is_merged_without_it(daemon, vm):
     assert sh(vm, "cat /data/n; md5sum -c /data/sums >&2") == "3\n"
 
 
-def test_a_quiesced_snapshot_has_all_that_was_written(vm):
+def test_a_quiesced_snapshot_has_all_that_was_written(daemon, vm):
     sh(vm, "mkdir /data/q; for i in $(seq 50); do echo $i >/data/q/$i; done")  # and no sync
     vm.snapshots.create("quiet", quiesce=True).wait()
     assert vm.snapshots.get("quiet")["quiesced"]
     sh(vm, "echo after >/data/after; sync")  # it is thawed
-    vm.snapshots.restore("quiet", start=True).wait()
-    mounted(vm)
-    assert sh(vm, "cat /data/q/* | wc -l; ls /data").split() == ["50", "lost+found", "q"]
+    vm.snapshots.restore("quiet", force=True).wait()
+    there, *written = on_disk(daemon, vm, "ls -p /", *(f"cat /q/{number}" for number in range(1, 51)))
+    assert "/after/" not in there and written == [f"{number}\n" for number in range(1, 51)]
 
 
 def test_a_chain_has_a_limit_and_a_clear_refusal(daemon):
@@ -172,12 +171,13 @@ def test_what_a_chain_costs_is_measured(daemon, vm):
 # --- in between, somebody dies ---
 
 
-def test_a_daemon_that_dies_at_any_moment_loses_nothing(daemon, vm):
+@pytest.mark.parametrize("times", [3, pytest.param(10, marks=pytest.mark.slow)])
+def test_a_daemon_that_dies_at_any_moment_loses_nothing(daemon, vm, times):
     chance = random.Random()
     write_on(vm)
-    for number in range(5):
+    for number in range(times):
         taken = names(vm)
-        if len(taken) < 3 or chance.random() < 0.4:
+        if len(taken) < 2 or chance.random() < 0.4:
             vm.snapshots.create(f"s{number}")
         else:
             vm.snapshots.delete(chance.choice(taken))
@@ -192,9 +192,10 @@ def test_a_daemon_that_dies_at_any_moment_loses_nothing(daemon, vm):
     all_written(vm)
 
 
-def test_a_guest_that_is_killed_at_any_moment_keeps_what_it_had_written_out(daemon, vm):
+@pytest.mark.parametrize("times", [1, pytest.param(4, marks=pytest.mark.slow)])
+def test_a_guest_that_is_killed_at_any_moment_keeps_what_it_had_written_out(daemon, vm, times):
     chance = random.Random()
-    for _ in range(2):
+    for _ in range(times):
         for name in ("one", "two"):
             vm.snapshots.create(name).wait()
             sh(vm, "head -c 9000000 /dev/urandom >/data/$$; sync")
@@ -237,7 +238,7 @@ def test_a_merge_is_cancelled_in_the_middle_and_gone_on_with(daemon, vm):
     [
         ("snapshot-create/freeze/after/kill", True),
         ("snapshot-create/switch/after/kill", True),
-        ("snapshot-create/freeze/after/fail", False),
+        pytest.param("snapshot-create/freeze/after/fail", False, marks=pytest.mark.slow),  # undone as the next one is
         ("snapshot-create/switch/before/fail", False),
         ("snapshot-create/switch/before/fail,snapshot-create/freeze/undo/kill", False),
     ],
