@@ -83,7 +83,7 @@ def test_forks_outlive_the_daemon_and_boot_after_a_stop(warm):
         warm.start()
         assert vm.info["pid"] == pid and sh(vm, "cat /tmp/warmed; hostname") == "before\nstays"
         sh(vm, "mke2fs -q /dev/vda && mkdir -p /mnt && mount /dev/vda /mnt && echo kept >/mnt/file && umount /mnt")
-        vm.restart(force=True)
+        vm.restart()
         deadline = time.monotonic() + 60
         while not vm.info["agent"]:
             assert time.monotonic() < deadline

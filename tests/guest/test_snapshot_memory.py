@@ -88,6 +88,8 @@ def test_memory_and_disks_are_of_one_moment(daemon, vm):
     for name in ("one", "two", "one"):
         vm.snapshots.restore(name, force=True, keep=False).wait()
         agree(vm)
+    vm.stop()  # its devices, which were loaded, are reset then
+    assert (vm.state, vm.info["reason"]) == ("stopped", "the guest shut down")
 
 
 def test_what_was_paused_stays_so_and_the_disks_can_be_had_alone(vm):

@@ -12,6 +12,7 @@ from pathlib import Path
 from time import monotonic
 
 from innkeeper.base.errors import QmpFailed
+from innkeeper.plan.device_state import without_announcing
 from innkeeper.qemu.monitor import Monitor
 
 POLL = 0.002
@@ -72,7 +73,7 @@ async def load(monitor: Monitor, state: bytes, *, saved: bool = False) -> None:
     """
     fd = os.memfd_create("innkeeper-devices", os.MFD_CLOEXEC)
     try:
-        os.write(fd, state)
+        os.write(fd, without_announcing(state))
         os.lseek(fd, 0, os.SEEK_SET)
         # All at once: QEMU does them in this order, and what fails makes the loading fail.
         await asyncio.gather(
