@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 
 CARD, FEATURES = b"/virtio-net", b"\x05\x15virtio/64bit_features\x00\x00\x00\x01"
-"""What a virtio card's section is called after its place; the subsection of a virtio device with all its features, which
-follow in eight bytes (hw/virtio/virtio.c: virtio_save; migration/vmstate.c)."""
+"""What a virtio card's section is called after its place; the subsection of a virtio device with all its features,
+which follow in eight bytes (hw/virtio/virtio.c: virtio_save; migration/vmstate.c)."""
 ANNOUNCES = 1 << 21
 """VIRTIO_NET_F_GUEST_ANNOUNCE (Virtual I/O Device 1.1, 5.1.3)."""
 _CONFIG = rb"\x00\x00\x00[\x06-\x40]"
