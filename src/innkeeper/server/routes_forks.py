@@ -27,7 +27,7 @@ from innkeeper.spec.vm import VMSpec
 from innkeeper.store.contract import Value
 
 router = APIRouter(prefix="/v1", tags=["forks"])
-TIDYING, LOOK_EVERY = 30.0, 0.05
+TIDYING, LOOK_EVERY = 60.0, 0.05
 """Seconds for which a fork of a VM waits that is being tidied up, and between two looks."""
 LONGEST = 3600.0
 """Seconds after which a snapshot that was taken for forks goes, whatever has become of them."""
