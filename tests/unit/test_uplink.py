@@ -65,6 +65,15 @@ def do(host, tmp_path, code):
 
 
 @by_root
+def test_whom_the_host_has_heard_of(host, tmp_path):
+    for address, words in (("192.0.2.50", "reachable"), ("192.0.2.51", "stale"), ("192.0.2.52", "failed")):
+        mac = f"52:54:00:00:00:{address[-2:]}"
+        run(host, "ip", "neigh", "add", address, "lladdr", mac, "dev", "eth0", "nud", words)
+    heard = [("52:54:00:00:00:50", "192.0.2.50"), ("52:54:00:00:00:51", "192.0.2.51")]
+    assert do(host, tmp_path, "print(sorted((await links.neighbours()).items()))") == str(heard)
+
+
+@by_root
 def test_the_hosts_addresses_and_routes_move_to_the_bridge_and_back(host, tmp_path):
     before = state(host)
     taking = (

@@ -212,6 +212,14 @@ async def way_to(address: str) -> Way | None:
         )
 
 
+async def neighbours() -> dict[str, str]:
+    """MAC → IPv4 address of those in its networks that the host has spoken with of late."""
+    async with open_netlink() as netlink:
+        entries = [entry async for entry in await netlink.get_neighbours(family=socket.AF_INET)]
+    heard = [entry for entry in entries if not entry["state"] & UNREACHED and entry.get("lladdr")]
+    return {entry.get("lladdr"): entry.get("dst") for entry in heard}
+
+
 async def sent(tap: str) -> int | None:
     """Frames that the guest has sent into a tap; None where it is not there."""
     async with open_netlink() as netlink:

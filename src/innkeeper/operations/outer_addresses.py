@@ -1,5 +1,5 @@
-"""The addresses of guests in bridged networks and on interfaces of the host: the network outside gives them, and the
-guests' agents tell them."""
+"""The addresses of guests in bridged networks and on interfaces of the host: the network outside gives them. The
+guests' agents tell them; of one without an agent, the host's own table of neighbours does, once the two have spoken."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from contextlib import suppress
 from typing import Any
 
 from innkeeper.base.errors import InnkeeperError
+from innkeeper.network import links
 from innkeeper.operations.networks import networks, nics
 from innkeeper.operations.world import World
 from innkeeper.store.contract import Value
@@ -26,16 +27,21 @@ async def learn(world: World) -> None:
 
 
 async def look(world: World) -> None:
-    """Ask the agents of all running guests in bridged networks or on interfaces of the host."""
+    """Ask the agents of all running guests in bridged networks or on interfaces of the host, else the host's table."""
     known = {name: network for name, network in (await networks(world)).items() if network.mode == "bridged"}
     found: dict[tuple[str, int], str] = {}
+    untold: dict[str, tuple[str, int]] = {}
     for vm in await world.vms():
         cards = zip(vm["spec"]["nics"], vm["identity"]["macs"], strict=True)
         macs = {mac: index for index, (nic, mac) in enumerate(cards) if nic.get("parent")}
         if known:
             macs |= {nic.mac: nic.index for nic in await nics(world, vm, known)}
-        if macs:
-            found |= {(vm["id"], macs[mac]): at for mac, at in (await _told(world, vm)).items() if mac in macs}
+        told = await _told(world, vm) if macs else {}
+        found |= {(vm["id"], macs[mac]): at for mac, at in told.items() if mac in macs}
+        if macs and world.machines.get(vm["id"]):
+            untold |= {mac: (vm["id"], index) for mac, index in macs.items() if mac not in told}
+    heard = await links.neighbours() if untold else {}
+    found |= {card: heard[mac] for mac, card in untold.items() if mac in heard}
     world.outer_addresses = found
 
 
