@@ -71,11 +71,14 @@ def _add(inn: Innkeeper, args: Namespace, action: str) -> int:
     operation = inn.vm(args.vm).firewall.add(
         action, args.direction, args.protocol, ports, peer=peer, at=args.at, note=args.note
     )
-    return conclude(args, operation, lambda done: _said(done, f"rule {_number(inn, done, args)} of {done.target}"))
+    return conclude(args, operation, lambda done: _said(done, _added(inn, done, args)))
 
 
-def _number(inn: Innkeeper, operation: Operation, args: Namespace) -> int:
-    return args.at or len(inn.vm(operation.target).firewall.overview()["rules"])
+def _added(inn: Innkeeper, operation: Operation, args: Namespace) -> str:
+    rules = inn.vm(operation.target).firewall.overview()["rules"]
+    rule = rules[(args.at or len(rules)) - 1]
+    words = (rule["action"], rule["direction"], rule["protocol"], ",".join(rule["ports"]), _peer(rule))
+    return f"rule {rule['number']} of {operation.target}: {' '.join(filter(None, words))}"
 
 
 def remove(inn: Innkeeper, args: Namespace) -> int:
