@@ -31,6 +31,11 @@ def sh(vm, script: str) -> str:
     return result.stdout.decode().strip()
 
 
+def huge_pages(pid: int) -> str:
+    (said,) = [line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("THP_enabled")]
+    return said.split()[1]
+
+
 IDENTITY = {
     "hostname": "cat /proc/sys/kernel/hostname",
     "mac": "cat /sys/class/net/eth0/address",
@@ -63,6 +68,9 @@ def test_forks_go_on_and_are_machines_of_their_own(warm):
             assert abs(int(sh(vm, "date +%s")) - time.time()) < 30
         used = [vm.info["memory_used"] for vm in forks]
         assert all(each["private"] + each["shared"] < 200 << 20 and each["shared"] > 1 << 20 for each in used), used
+        # Huge pages would cost each of them some MiB; the daemon, from which they have that, is as before.
+        pids = [vm.info["pid"] for vm in forks]
+        assert {huge_pages(pid) for pid in pids} == {"0"} and huge_pages(warm.inn.version()["pid"]) == "1"
         for key in ("uuid", "macs"):
             assert len({str(vm.info["machine"][key]) for vm in forks}) == 4
         assert len({vm.info["ssh_port"] for vm in forks}) == 4
