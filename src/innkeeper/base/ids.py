@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 
 NAME_PATTERN = r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$"
@@ -29,3 +30,8 @@ WORDS = {
 def new_id() -> str:
     """48 random bits as 12 lower-case hex digits: short enough to type, and a file name anywhere."""
     return secrets.token_hex(6)
+
+
+def natural_order(name: str) -> list[str | int]:
+    """For sorting, as people count: web-2 comes before web-10."""
+    return [int(part) if at % 2 else part for at, part in enumerate(re.split(r"([0-9]+)", name))]

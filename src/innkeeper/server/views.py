@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from innkeeper.base.ids import natural_order
 from innkeeper.host.usage import used_by
 from innkeeper.machine.machine import Machine
 from innkeeper.machine.states import allowed_actions
@@ -31,7 +32,7 @@ class VMViews:
         rows = {d.value["name"]: self._row(d, images, addresses.get(d.value["id"])) for d in documents}
         if len(self._encoded) > len(documents):
             self._encoded = {d.value["id"]: self._encoded[d.value["id"]] for d in documents}
-        return b"[" + b",".join(rows[name] for name in sorted(rows)) + b"]"
+        return b"[" + b",".join(rows[name] for name in sorted(rows, key=natural_order)) + b"]"
 
     async def one(self, vm: Value) -> Value:
         """One VM, with what its disks take on the host."""
