@@ -40,3 +40,16 @@ def namespace(role: str) -> Iterator[str]:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         subprocess.run(["ip", "netns", "del", name], check=True)
+
+
+@contextmanager
+def host_beside(outside: str) -> Iterator[str]:
+    """A namespace that plays a host: its `wan` is joined to `eth0` of another one, which plays what is outside. It is
+    192.0.2.1 and 2001:db8:2::1 there, and the other one has 2 for 1."""
+    with namespace("host") as name:
+        run(name, "ip", "link", "add", "wan", "type", "veth", "peer", "name", "eth0", "netns", outside)
+        for where, link, number in ((name, "wan", 1), (outside, "eth0", 2)):
+            run(where, "ip", "addr", "add", f"192.0.2.{number}/24", "dev", link)
+            run(where, "ip", "addr", "add", f"2001:db8:2::{number}/64", "dev", link, "nodad")
+            run(where, "ip", "link", "set", link, "up")
+        yield name

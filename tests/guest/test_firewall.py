@@ -9,7 +9,7 @@ import time
 import pytest
 from conftest import running_daemon
 from inside import begin, sh
-from namespaces import namespace, run
+from namespaces import host_beside, namespace, run
 
 from innkeeper.client.errors import ApiError
 from innkeeper.client.wishes import vm_spec
@@ -81,11 +81,7 @@ def outside():
 
 @pytest.fixture(scope="module")
 def host(outside):
-    with namespace("inn") as name:
-        run(name, "ip", "link", "add", "wan", "type", "veth", "peer", "name", "eth0", "netns", outside)
-        for where, link, address in ((name, "wan", "192.0.2.1/24"), (outside, "eth0", "192.0.2.2/24")):
-            run(where, "ip", "addr", "add", address, "dev", link)
-            run(where, "ip", "link", "set", link, "up")
+    with host_beside(outside) as name:
         run(outside, "ip", "route", "add", "10.77.0.0/16", "via", "192.0.2.1")
         run(outside, "ip", "addr", "add", "10.77.0.3/32", "dev", "lo")  # somebody outside who says to be `db`
         listening = ["nsenter", f"--net=/run/netns/{name}", sys.executable, "-c", LISTENER]

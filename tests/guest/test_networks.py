@@ -9,7 +9,7 @@ import time
 
 import pytest
 from conftest import running_daemon
-from namespaces import namespace, programs, run
+from namespaces import host_beside, namespace, programs, run
 
 from innkeeper.client.errors import ApiError
 from innkeeper.client.wishes import vm_spec
@@ -44,12 +44,7 @@ def internet():
 @pytest.fixture(scope="module")
 def host(internet):
     """The namespace of the daemon, with a way to the internet."""
-    with namespace("host") as name:
-        run(name, "ip", "link", "add", "wan", "type", "veth", "peer", "name", "eth0", "netns", internet)
-        for where, link, number in ((name, "wan", 1), (internet, "eth0", 2)):
-            run(where, "ip", "addr", "add", f"192.0.2.{number}/24", "dev", link)
-            run(where, "ip", "addr", "add", f"2001:db8:2::{number}/64", "dev", link, "nodad")
-            run(where, "ip", "link", "set", link, "up")
+    with host_beside(internet) as name:
         yield name
 
 

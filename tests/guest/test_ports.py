@@ -9,7 +9,7 @@ import time
 import pytest
 from conftest import running_daemon
 from inside import ready
-from namespaces import namespace, run
+from namespaces import host_beside, namespace, run
 
 from innkeeper.client.errors import ApiError
 from innkeeper.client.wishes import vm_spec
@@ -40,29 +40,23 @@ def outside():
 @pytest.fixture(scope="module")
 def lab(outside):
     """A daemon with networks `lab` (nat) and `vault` (internal), and the guests `web` in lab and `home` in none."""
-    with namespace("inn") as host:
-        run(host, "ip", "link", "add", "wan", "type", "veth", "peer", "name", "eth0", "netns", outside)
-        for where, link, number in ((host, "wan", 1), (outside, "eth0", 2)):
-            run(where, "ip", "addr", "add", f"192.0.2.{number}/24", "dev", link)
-            run(where, "ip", "addr", "add", f"2001:db8:2::{number}/64", "dev", link, "nodad")
-            run(where, "ip", "link", "set", link, "up")
-        with running_daemon("tiny", namespace=host) as daemon:
-            daemon.inn.network_create("lab").wait()
-            daemon.inn.network_create("vault", mode="internal").wait()
-            specs = [
-                vm_spec("web", "tiny", memory="256M", disk="8M", network="lab"),
-                vm_spec("home", "tiny", memory="256M", disk="8M"),
-            ]
-            for operation in [daemon.inn.create(spec) for spec in specs]:
-                operation.wait()
-            for name in ("web", "home"):
-                sh(daemon, name, f"({PAGE}) </dev/null >/dev/null 2>&1 & ({ECHO}) </dev/null >/dev/null 2>&1 &")
-            yield daemon
-            for name in ("web", "home"):
-                daemon.inn.vm(name).delete(force=True)
-            for name in ("lab", "vault"):
-                daemon.inn.network_delete(name).wait()
-            assert "innkeeper" not in run(host, "nft", "list", "tables")
+    with host_beside(outside) as host, running_daemon("tiny", namespace=host) as daemon:
+        daemon.inn.network_create("lab").wait()
+        daemon.inn.network_create("vault", mode="internal").wait()
+        specs = [
+            vm_spec("web", "tiny", memory="256M", disk="8M", network="lab"),
+            vm_spec("home", "tiny", memory="256M", disk="8M"),
+        ]
+        for operation in [daemon.inn.create(spec) for spec in specs]:
+            operation.wait()
+        for name in ("web", "home"):
+            sh(daemon, name, f"({PAGE}) </dev/null >/dev/null 2>&1 & ({ECHO}) </dev/null >/dev/null 2>&1 &")
+        yield daemon
+        for name in ("web", "home"):
+            daemon.inn.vm(name).delete(force=True)
+        for name in ("lab", "vault"):
+            daemon.inn.network_delete(name).wait()
+        assert "innkeeper" not in run(host, "nft", "list", "tables")
 
 
 def sh(daemon, vm, command):
