@@ -67,6 +67,8 @@ def test_forks_go_on_and_are_machines_of_their_own(warm):
             assert [each["mac"]] == machine["macs"] and each["uuid"] == machine["uuid"]
             assert abs(int(sh(vm, "date +%s")) - time.time()) < 30
         used = [vm.info["memory_used"] for vm in forks]
+        listed = {vm["name"]: vm["memory_used"] for vm in warm.inn.vms(memory_used=True)}
+        assert all(listed[name]["private"] > 1 << 20 for name in names), listed
         assert all(each["private"] + each["shared"] < 200 << 20 and each["shared"] > 1 << 20 for each in used), used
         # Huge pages would cost each of them some MiB; the daemon, from which they have that, is as before.
         pids = [vm.info["pid"] for vm in forks]

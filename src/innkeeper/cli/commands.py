@@ -114,6 +114,8 @@ COMMANDS: tuple[C, ...] = (
         (A(("--tag",), "only those with this tag", {"metavar": "TAG"}),),
         ("inn ls", "inn ls -o name", "inn ls --tag web"),
         "list",
+        "TAKES is what a running VM takes of the host's memory: pages that are its alone, and its part of those that "
+        "it shares with others.",
     ),
     C(
         "info",

@@ -90,6 +90,12 @@ def _memory(memory: dict[str, Any], capacity: dict[str, Any]) -> list[tuple[str,
     if promised:
         private, shared = int(capacity.get("memory_private") or 0), int(capacity.get("memory_shared") or 0)
         rows.append(("", (f"VMs take {format_size(private)} alone and {format_size(shared)} together", "dim")))
+        left = available - max(0, promised - private - shared)
+        text = f"should they come to use all of it, {format_size(abs(left))} would be "
+        if left >= 0:
+            rows.append(("", (f"{text}left", "dim")))
+        else:
+            rows.append(("", (f"{text}missing: the host would swap, or kill guests", "yellow")))
     if swap := int(memory.get("swap_total") or 0):
         taken = swap - int(memory.get("swap_free") or 0)
         rows.append(("", (f"swap: {format_size(taken)} used of {format_size(swap)}", "dim")))

@@ -14,14 +14,15 @@ from innkeeper.client.wishes import endpoint
 
 
 def ls(inn: Innkeeper, args: Namespace) -> int:
-    documents = [vm for vm in inn.vms() if not args.tag or args.tag in (vm["spec"].get("tags") or ())]
+    every = inn.vms(memory_used=args.output != "name")
+    documents = [vm for vm in every if not args.tag or args.tag in (vm["spec"].get("tags") or ())]
     if args.output == "json":
         terminal.emit_json(documents)
     elif args.output == "name":
         for document in documents:
             terminal.say(document["name"])
     elif documents:
-        heads = ("NAME", "STATE", "IMAGE", "CPUS", "MEMORY", "ADDRESS", "PORTS", "SINCE", "NOTE")
+        heads = ("NAME", "STATE", "IMAGE", "CPUS", "MEMORY", "TAKES", "ADDRESS", "PORTS", "SINCE", "NOTE")
         terminal.say(terminal.table(heads, [_row(document) for document in documents]))
     elif args.tag:
         terminal.note(f"no VM has the tag {args.tag}; inn tag add VM {args.tag}")
@@ -37,6 +38,7 @@ def _row(vm: dict[str, Any]) -> tuple[Cell, ...]:
         vm.get("image") or "",
         str(vm["cpus"]),
         format_size(vm["memory"]),
+        f"{format_size(used['private'])} + {format_size(used['shared'])}" if (used := vm.get("memory_used")) else "",
         vm["address"] if vm.get("address") not in (None, "127.0.0.1") else "",
         ports(vm),
         (format_age(age(vm["since"])), "dim") if vm.get("since") else "",

@@ -227,9 +227,10 @@ class Innkeeper:
 
     # --- VMs ---
 
-    def vms(self) -> list[dict[str, Any]]:
-        """The documents of all VMs."""
-        documents: list[dict[str, Any]] = self.call("GET", "/vms")
+    def vms(self, *, memory_used: bool = False) -> list[dict[str, Any]]:
+        """The documents of all VMs. `memory_used`: with what each takes of the host's memory, {private, shared} in
+        bytes."""
+        documents: list[dict[str, Any]] = self.call("GET", "/vms?memory_used=true" if memory_used else "/vms")
         return documents
 
     def vm(self, name: str) -> VM:

@@ -75,7 +75,9 @@ class VMView(Open):
     forwards: list[dict[str, JsonValue]]
     user: str
     disc: str | None
-    memory_used: dict[str, int] | None = Field(default=None, description="Of one VM: bytes, private and shared (PSS)")
+    memory_used: dict[str, int] | None = Field(
+        default=None, description="Of one VM, or where asked for: bytes, private and shared (PSS)"
+    )
     machine: dict[str, JsonValue]
     allowed_actions: dict[str, ActionView]
 

@@ -38,8 +38,11 @@ class Action(StrEnum):
 
 
 @router.get("", response_model=list[VMView], summary="All VMs, by name")
-async def list_vms(ctx: Ctx) -> Response:
-    return Response(await ctx.views.all(), media_type="application/json")
+async def list_vms(
+    ctx: Ctx,
+    memory_used: Annotated[bool, Query(description="Also what each takes of the host's memory")] = False,
+) -> Response:
+    return Response(await ctx.views.all(used=memory_used), media_type="application/json")
 
 
 @router.post("", response_model=OperationView, status_code=202, summary="Make a VM, start it, wait until it is ready")

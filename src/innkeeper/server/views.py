@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from innkeeper.base.ids import natural_order
-from innkeeper.host.usage import used_by
+from innkeeper.host.usage import Used, used_by
 from innkeeper.machine.machine import Machine
 from innkeeper.machine.states import allowed_actions
 from innkeeper.operations.chains import clones_of, linked_to
@@ -24,15 +24,22 @@ class VMViews:
         self._world = world
         self._encoded: dict[str, tuple[tuple[Any, ...], bytes]] = {}
 
-    async def all(self) -> bytes:
-        """All VMs, by name, as a JSON list."""
+    async def all(self, *, used: bool = False) -> bytes:
+        """All VMs, by name, as a JSON list; `used`: with what each takes of the host's memory, some 3 ms for each."""
         documents = await self._world.store.list("vm/")
         images = await self._images()
         addresses = await self._addresses()
         rows = {d.value["name"]: self._row(d, images, addresses.get(d.value["id"])) for d in documents}
         if len(self._encoded) > len(documents):
             self._encoded = {d.value["id"]: self._encoded[d.value["id"]] for d in documents}
+        for name, takes in (await asyncio.to_thread(self._used) if used else {}).items():
+            if name in rows:
+                rows[name] = rows[name][:-1] + b', "memory_used": ' + json.dumps(takes._asdict()).encode() + b"}"
         return b"[" + b",".join(rows[name] for name in sorted(rows, key=natural_order)) + b"]"
+
+    def _used(self) -> dict[str, Used]:
+        pids = {machine.name: machine.process.pid.number for machine in self._world.machines.live()}
+        return {name: found for name, pid in pids.items() if (found := used_by(pid))}
 
     async def one(self, vm: Value) -> Value:
         """One VM, with what its disks take on the host."""
