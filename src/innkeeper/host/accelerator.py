@@ -9,8 +9,9 @@
 - Under TCG it is a *versioned, named* model of which this QEMU emulates every feature (`QemuFacts.tcg_cpu`,
   found by asking QMP for `unavailable-features`). `max` is not used: it means "all that this QEMU build can
   emulate", so every QEMU upgrade changes it and a saved state would not load; and it has five-level paging
-  (LA57), which makes every emulated page walk longer. CMPXCHG16B is taken away (`Westmere-v1,cx16=off`) where this
-  QEMU computes its flags so wrongly that guests die of it (`qemu/flags.S`).
+  (LA57), which makes every emulated page walk longer. It says to be AMD's (`vendor=AuthenticAMD,family=20`), so that
+  guests do not guard against leaks that emulation has not (`qemu/probe.py`). CMPXCHG16B is taken away (`cx16=off`)
+  where this QEMU computes its flags so wrongly that guests die of it (`qemu/flags.S`).
 """
 
 from __future__ import annotations
