@@ -45,7 +45,7 @@ def host(
         cgroup=Cgroup(mode="none", reason=""), uid_range=uid_range, kvm_group=kvm_group,
         kernel_features=Kernel(
             ksm=True, ksm_running=False, psi=True, thp="madvise", io_uring=True, landlock=2, tun=True, vhost_net=True,
-            vhost_vsock=True, userfaultfd=True,
+            vhost_vsock=True,
         ),
         tools={},
         firmware=Firmware(

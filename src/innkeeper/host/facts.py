@@ -71,7 +71,6 @@ class Kernel(Fact):
     tun: bool
     vhost_net: bool
     vhost_vsock: bool
-    userfaultfd: bool
 
 
 class Uefi(Fact):

@@ -116,7 +116,6 @@ def kernel() -> Kernel:
         tun=Path("/dev/net/tun").exists(),
         vhost_net=Path("/dev/vhost-net").exists(),
         vhost_vsock=Path("/dev/vhost-vsock").exists(),
-        userfaultfd=Path("/dev/userfaultfd").exists() or _read("/proc/sys/vm/unprivileged_userfaultfd") != "",
     )
 
 
