@@ -113,7 +113,11 @@ class House(Daemon):
     def empty(self) -> None:
         """Delete everything; nothing but history may be left."""
         for vm in self.inn.vms():
-            self.inn.vm(vm["name"]).delete(force=True)
+            try:
+                self.inn.vm(vm["name"]).delete(force=True)
+            except ApiError:  # the daemon may be tidying up behind a fork
+                self.settle()
+                self.inn.vm(vm["name"]).delete(force=True)
         for image in sorted(self.inn.images(), key=lambda image: not image["base"]):  # those that stand on others
             if image["name"] != "tiny":
                 self.inn.image_delete(image["name"]).wait()
