@@ -2,9 +2,10 @@
 
 A copy of a running guest's memory is made twice: while it runs, which takes as long as it takes and leaves the host
 with pages for all of it, and once more while it stands still, which takes some 0.1 s for each GiB in use. QEMU's own
-ways are slower (its migration stream has one thread, and looks at each page), need a privilege (userfaultfd(2)), or
-cannot be relied upon: under software emulation QEMU before 9.0 loses track of some of what a guest writes (fixed by
-«physmem: Fix migration dirty bitmap coherency with TCG memory access»).
+ways are slower (its migration stream has one thread, and looks at each page), or cannot be relied upon: under software
+emulation QEMU before 9.0 loses track of some of what a guest writes (fixed by «physmem: Fix migration dirty bitmap
+coherency with TCG memory access»). Its background-snapshot needs a privilege (userfaultfd(2)), hangs for good when
+it is cancelled (7.2), and leaves all of RAM in use for each later copy (docs/benchmarks.md).
 """
 
 from __future__ import annotations
