@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import os
+import socket
 import statistics
+import struct
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -16,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from conftest import Daemon, running_daemon
 
 CLONE_NEWNET = 0x40000000
-__all__ = ["Daemon", "inside", "median", "records", "running_daemon", "say", "timed"]
+__all__ = ["Daemon", "Talk", "inside", "median", "records", "running_daemon", "say", "timed"]
 
 
 def timed(action: Callable[[], object]) -> float:
@@ -33,6 +36,41 @@ def median(seconds: list[float]) -> float:
 def say(what: str, ours: str, peer: str, ratio: float, limit: str) -> None:
     """One result."""
     print(f"{what}: ours {ours}, peer {peer}, ratio {ratio:.2f} (wanted: {limit})", flush=True)
+
+
+class Talk:
+    """JSON lines over a UNIX socket."""
+
+    def __init__(self, path: Path) -> None:
+        self._socket = socket.socket(socket.AF_UNIX)
+        while True:
+            try:
+                self._socket.connect(str(path))
+                break
+            except OSError:
+                time.sleep(0.001)
+        self._lines = self._socket.makefile("rb")
+
+    def send(self, command: str, arguments: dict | None = None, fd: int | None = None) -> None:
+        text = json.dumps({"execute": command} | ({"arguments": arguments} if arguments else {})).encode() + b"\n"
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("i", fd))] if fd is not None else []
+        self._socket.sendmsg([text], rights)
+
+    def answer(self) -> object:
+        while True:
+            line = json.loads(self._lines.readline().rpartition(b"\xff")[2])
+            if "error" in line and "stray" not in line["error"]["desc"]:  # the agent's answer to 0xff
+                raise SystemExit(f"QEMU refused: {line}")
+            if "return" in line:
+                return line["return"]
+
+    def close(self) -> None:
+        self._lines.close()
+        self._socket.close()
+
+    def call(self, command: str, arguments: dict | None = None, fd: int | None = None) -> object:
+        self.send(command, arguments, fd)
+        return self.answer()
 
 
 @contextmanager

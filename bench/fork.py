@@ -10,12 +10,9 @@ machine of its own (hostname, machine-id, keys, MAC, random pool, clock) before 
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
-import socket
-import struct
 import subprocess
 import sys
 import tempfile
@@ -23,44 +20,13 @@ import threading
 import time
 from pathlib import Path
 
-from common import median, running_daemon, say
+from common import Talk, median, running_daemon, say
 
 NUMBERS = [int(word) for word in sys.argv[1:] if word.isdigit()]
 RUNS, MANY = (*NUMBERS, *(10, 20)[len(NUMBERS) :])
 IMAGES = [word for word in sys.argv[1:] if not word.isdigit()] or ["tiny:256M"]
 IDLE = 20
 """Seconds that forks idle before their memory is looked at."""
-
-
-class Talk:
-    """JSON lines over a UNIX socket."""
-
-    def __init__(self, path: Path) -> None:
-        self._socket = socket.socket(socket.AF_UNIX)
-        while True:
-            try:
-                self._socket.connect(str(path))
-                break
-            except OSError:
-                time.sleep(0.001)
-        self._lines = self._socket.makefile("rb")
-
-    def send(self, command: str, arguments: dict | None = None, fd: int | None = None) -> None:
-        text = json.dumps({"execute": command} | ({"arguments": arguments} if arguments else {})).encode() + b"\n"
-        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("i", fd))] if fd is not None else []
-        self._socket.sendmsg([text], rights)
-
-    def answer(self) -> object:
-        while True:
-            line = json.loads(self._lines.readline().rpartition(b"\xff")[2])
-            if "error" in line and "stray" not in line["error"]["desc"]:  # the agent's answer to 0xff
-                raise SystemExit(f"QEMU refused: {line}")
-            if "return" in line:
-                return line["return"]
-
-    def call(self, command: str, arguments: dict | None = None, fd: int | None = None) -> object:
-        self.send(command, arguments, fd)
-        return self.answer()
 
 
 def floor(argv: list[str], image: Path, disk: Path | None, everybody: threading.Barrier | None = None) -> float:

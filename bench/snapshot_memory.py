@@ -15,7 +15,6 @@ import contextlib
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -24,7 +23,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from common import median, running_daemon, say
+from common import Talk, median, running_daemon, say
 
 RUNS = next((int(word) for word in sys.argv[1:] if word.isdigit()), 10)
 BUSY = "while :; do dd if=/dev/zero of=/run/busy bs=1M count=400 conv=notrunc 2>/dev/null; done"
@@ -165,37 +164,13 @@ def main() -> None:
         print(f"saved by QEMU in the background: {first} ms, then {median(later):.0f} ms: {later}")
 
 
-class Qmp:
-    """The QMP of a guest whose daemon is away."""
-
-    def __init__(self, path: Path) -> None:
-        self._socket = socket.socket(socket.AF_UNIX)
-        self._socket.connect(str(path))
-        self._lines = self._socket.makefile("rb")
-        self._lines.readline()
-        self.call("qmp_capabilities")
-
-    def call(self, command: str, fd: int | None = None, **arguments: object) -> dict:
-        text = json.dumps({"execute": command, "arguments": arguments}).encode() + b"\n"
-        socket.send_fds(self._socket, [text], [] if fd is None else [fd])
-        while True:
-            answer = json.loads(self._lines.readline())
-            if "error" in answer:
-                raise SystemExit(f"{command}: {answer}")
-            if "return" in answer:
-                return answer["return"]
-
-    def close(self) -> None:
-        self._lines.close()
-        self._socket.close()
-
-
 @contextlib.contextmanager
-def by_hand(daemon, vm) -> Iterator[Qmp]:
+def by_hand(daemon, vm) -> Iterator[Talk]:
     """The guest goes on without its daemon meanwhile."""
     path = daemon.home.vm(vm.info["id"]) / "qmp.sock"
     daemon.stop()
-    with contextlib.closing(Qmp(path)) as qmp:
+    with contextlib.closing(Talk(path)) as qmp:
+        qmp.call("qmp_capabilities")
         yield qmp
     daemon.start()
 
@@ -221,18 +196,18 @@ def background(daemon, vm, log: Path) -> list[float]:
     try:
         with by_hand(daemon, vm) as qmp:
             capability = {"capability": "background-snapshot", "state": True}
-            qmp.call("migrate-set-capabilities", capabilities=[capability])
+            qmp.call("migrate-set-capabilities", {"capabilities": [capability]})
             for _ in range(RUNS):
                 fd = os.memfd_create("stream")
-                qmp.call("getfd", fd, fdname="stream")
+                qmp.call("getfd", {"fdname": "stream"}, fd)
                 with Watch(log) as watch:
                     qmp.call("stop")
-                    qmp.call("migrate", uri="fd:stream")
+                    qmp.call("migrate", {"uri": "fd:stream"})
                     while qmp.call("query-migrate")["status"] != "completed":
                         time.sleep(0.05)
                 pauses.append(watch.longest)
                 os.close(fd)
-            qmp.call("migrate-set-capabilities", capabilities=[capability | {"state": False}])
+            qmp.call("migrate-set-capabilities", {"capabilities": [capability | {"state": False}]})
     finally:
         USERFAULTFD.write_text(allowed)
     return pauses

@@ -113,11 +113,7 @@ class House(Daemon):
     def empty(self) -> None:
         """Delete everything; nothing but history may be left."""
         for vm in self.inn.vms():
-            try:
-                self.inn.vm(vm["name"]).delete(force=True)
-            except ApiError:  # the daemon may be tidying up behind a fork
-                self.settle()
-                self.inn.vm(vm["name"]).delete(force=True)
+            self.inn.vm(vm["name"]).delete(force=True)
         for image in sorted(self.inn.images(), key=lambda image: not image["base"]):  # those that stand on others
             if image["name"] != "tiny":
                 self.inn.image_delete(image["name"]).wait()

@@ -15,6 +15,7 @@ from innkeeper.base.errors import ActionRefused, InvalidInput, NotFound, PortTak
 from innkeeper.plan.identity import Identity
 from innkeeper.plan.pci import SPARES
 from innkeeper.spec.nic import EVERYWHERE, EVERYWHERE4, NicSpec, PortForward
+from innkeeper.spec.quantity import said
 from innkeeper.spec.vm import VMSpec
 from innkeeper.spec.wiring import AddNic, Change, Publish, RemoveNic, SetNic, Unpublish
 
@@ -106,8 +107,7 @@ def _with(nic: NicSpec, index: int, fields: Mapping[str, object]) -> NicSpec:
         return NicSpec.model_validate({**dict(nic), **fields})
     except ValidationError as error:
         (first, *_) = error.errors()
-        words = str(first["msg"]).removeprefix("Value error, ")
-        raise InvalidInput(f"card {index}: {words}", field=".".join(map(str, first["loc"]))) from None
+        raise InvalidInput(f"card {index}: {said(first)}", field=".".join(map(str, first["loc"]))) from None
 
 
 def _existing(spec: VMSpec, index: int) -> NicSpec:

@@ -25,8 +25,9 @@ from innkeeper.plan.options import Option, Plan
 MARK_VM, MARK_HOME = "INNKEEPER_VM", "INNKEEPER_HOME"
 LOG = "qemu.log"
 OPEN_FILES = 65536
-_SET_THP_DISABLE = 41
-"""prctl(2): PR_SET_THP_DISABLE."""
+_SET_THP_DISABLE, _GET_THP_DISABLE = 41, 42
+"""prctl(2): PR_SET_THP_DISABLE, PR_GET_THP_DISABLE."""
+_libc = ctypes.CDLL(None)
 
 
 @dataclass(frozen=True)
@@ -167,14 +168,14 @@ def _in_small_pages(wanted: bool) -> Iterator[None]:
     """What is started meanwhile gets no transparent huge pages; it inherits that from the daemon. Of a fork's memory
     they make more without making it faster: it has its RAM from a file, and beside that many small areas of which it
     uses little."""
-    libc = ctypes.CDLL(None)
-    if wanted:
-        libc.prctl(_SET_THP_DISABLE, 1, 0, 0, 0)
+    if not wanted or _libc.prctl(_GET_THP_DISABLE, 0, 0, 0, 0):  # or nobody on this host gets any
+        yield
+        return
+    _libc.prctl(_SET_THP_DISABLE, 1, 0, 0, 0)
     try:
         yield
     finally:
-        if wanted:
-            libc.prctl(_SET_THP_DISABLE, 0, 0, 0, 0)
+        _libc.prctl(_SET_THP_DISABLE, 0, 0, 0, 0)
 
 
 def let_lock(pid: int, size: int) -> None:

@@ -75,7 +75,12 @@ class Context:
             if action == "delete" and await self.world.store.get(f"vm/{vm['id']}") is None:
                 return await self.engine.nothing("vm-delete", target, "undoing its launch has removed it")
             return await self.act(vm["id"], action, args)
-        return await self.engine.submit(f"vm-{action}", target, args, hold=f"vm/{vm['id']}")
+        try:
+            return await self.engine.submit(f"vm-{action}", target, args, hold=f"vm/{vm['id']}")
+        except MachineBusy:
+            if not force:
+                raise
+            return await self.act(vm["id"], action, args)  # an operation has begun meanwhile, and gives way as well
 
 
 async def _context(connection: HTTPConnection) -> Context:  # FastAPI calls what is not async in a thread

@@ -12,8 +12,8 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
 from innkeeper.base.errors import InnkeeperError, InvalidInput
-from innkeeper.base.ids import WORDS
 from innkeeper.server.models import Problem
+from innkeeper.spec.quantity import said
 
 
 def phrase(status: int) -> str:
@@ -39,16 +39,11 @@ def problem(document: dict[str, Any]) -> JSONResponse:
 def invalid(errors: list[Any]) -> InvalidInput:
     """A validation error as ours: which field, what is wrong, never the value of a field that may be secret."""
     found = [
-        {"field": ".".join(str(part) for part in error["loc"] if part != "body"), "problem": _problem(error)}
+        {"field": ".".join(str(part) for part in error["loc"] if part != "body"), "problem": said(error)}
         for error in errors
     ]
     text = "; ".join(f"{e['field']}: {e['problem']}" if e["field"] else e["problem"] for e in found[:5])
     return InvalidInput(text or "the request is not valid", errors=found)
-
-
-def _problem(error: Any) -> str:
-    wanted = WORDS.get(error.get("ctx", {}).get("pattern"))
-    return f"{error['input']!r} is not {wanted}" if wanted else str(error["msg"]).removeprefix("Value error, ")
 
 
 def install(app: FastAPI) -> None:

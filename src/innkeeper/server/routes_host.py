@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import shutil
@@ -14,7 +13,6 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import JsonValue
 
 from innkeeper import __version__
-from innkeeper.host.usage import used_by
 from innkeeper.machine.states import LIVE
 from innkeeper.server.context import Ctx, accepted
 from innkeeper.server.models import EventView, OperationView, VersionView
@@ -37,8 +35,7 @@ async def host(ctx: Ctx) -> Response:
     vms = await ctx.world.vms()
     live = [vm for vm in vms if vm["state"] in LIVE]
     pool = shutil.disk_usage(ctx.world.home.pool)
-    pids = [machine.process.pid.number for machine in ctx.world.machines.live()]
-    used = await asyncio.to_thread(lambda: [found for pid in pids if (found := used_by(pid))])
+    used = (await ctx.views.used()).values()
     capacity = {
         "memory_total": facts.memory.total,
         "memory_available": facts.memory.available,

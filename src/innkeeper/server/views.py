@@ -32,14 +32,15 @@ class VMViews:
         rows = {d.value["name"]: self._row(d, images, addresses.get(d.value["id"])) for d in documents}
         if len(self._encoded) > len(documents):
             self._encoded = {d.value["id"]: self._encoded[d.value["id"]] for d in documents}
-        for name, takes in (await asyncio.to_thread(self._used) if used else {}).items():
+        for name, takes in (await self.used() if used else {}).items():
             if name in rows:
                 rows[name] = rows[name][:-1] + b', "memory_used": ' + json.dumps(takes._asdict()).encode() + b"}"
         return b"[" + b",".join(rows[name] for name in sorted(rows, key=natural_order)) + b"]"
 
-    def _used(self) -> dict[str, Used]:
+    async def used(self) -> dict[str, Used]:
+        """What each running VM takes of the host's memory, by name."""
         pids = {machine.name: machine.process.pid.number for machine in self._world.machines.live()}
-        return {name: found for name, pid in pids.items() if (found := used_by(pid))}
+        return await asyncio.to_thread(lambda: {name: found for name, pid in pids.items() if (found := used_by(pid))})
 
     async def one(self, vm: Value) -> Value:
         """One VM, with what its disks take on the host."""

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from innkeeper.base.errors import InvalidInput
-from innkeeper.base.ids import IMAGE_NAME_PATTERN, IMAGE_REFERENCE_PATTERN, NAME_PATTERN, VERSION_PATTERN
+from innkeeper.base.ids import IMAGE_NAME_PATTERN, IMAGE_REFERENCE_PATTERN, NAME_PATTERN, VERSION_PATTERN, WORDS
 from innkeeper.base.units import MIB, TIB, format_rate, parse_rate, parse_size
+
+
+def said(problem: Any) -> str:
+    """What pydantic found wrong with a value, as people are told."""
+    wanted = WORDS.get(problem.get("ctx", {}).get("pattern"))
+    return f"{problem['input']!r} is not {wanted}" if wanted else str(problem["msg"]).removeprefix("Value error, ")
 
 
 def _size(value: object) -> int:

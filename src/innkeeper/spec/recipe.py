@@ -24,6 +24,7 @@ from pydantic import (
 from innkeeper.base.errors import InvalidInput, NotFound, RecipeInvalid
 from innkeeper.base.ids import IMAGE_NAME_PATTERN
 from innkeeper.base.units import MIB, parse_size
+from innkeeper.spec.quantity import said
 
 Suite = Literal["bookworm", "trixie"]
 Firmware = Literal["bios", "uefi"]
@@ -191,7 +192,7 @@ def parse_recipe(content: str, path: Path) -> Recipe:
 
 
 def _sentence(problem: Any) -> str:
-    text = str(problem["msg"]).removeprefix("Value error, ")
+    text = said(problem)
     given = problem["input"]
     shown = isinstance(given, str | int | float | bool) and repr(given) not in text
     return f"{text}, not {given!r}" if shown and problem["type"] != "extra_forbidden" else text
