@@ -2,6 +2,7 @@
 
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -99,6 +100,16 @@ def only(found, code, networks=("lab",)):
     return found[0]
 
 
+def killed(pid):
+    """It has ended for whoever waits for it, not only left its namespace."""
+    pidfd = os.pidfd_open(pid)
+    try:
+        os.kill(pid, signal.SIGKILL)
+        assert select.select([pidfd], [], [], 60)[0]
+    finally:
+        os.close(pidfd)
+
+
 def test_put_right_what_is_our_own(host):
     """Each of these is found, and over with `fix`."""
     (dnsmasq, _) = [pid for pid, name in programs(host.name).items() if name == "dnsmasq"]
@@ -106,13 +117,10 @@ def test_put_right_what_is_our_own(host):
         "rules-gone": lambda: host.sh("nft flush ruleset"),
         "bridge-gone": lambda: host.sh(f"ip link del {host.bridge}"),
         "forwarding-off": lambda: host.sh("sysctl -qw net.ipv4.ip_forward=0"),
-        "dnsmasq-dead": lambda: os.kill(dnsmasq, signal.SIGKILL),
+        "dnsmasq-dead": lambda: killed(dnsmasq),
     }
     for code, plant in faults.items():
         plant()
-        if code == "dnsmasq-dead":
-            while dnsmasq in programs(host.name):
-                time.sleep(0.01)
         found = [finding for finding in host.look() if finding["code"] == code]
         assert len(found) == 1 and found[0]["fixable"], (code, found)
         left = host.look("fix")
