@@ -11,9 +11,10 @@ import pytest
 
 from innkeeper.plan.rebirth import (
     DONE,
-    PREPARE,
+    NAT,
     Place,
     Rebirth,
+    before_capture,
     forms,
     shell_script,
     state_with,
@@ -32,7 +33,7 @@ def test_the_scripts_are_a_shell_s(shell):
         pytest.skip(f"{shell} is not installed")
     command = [shell, "sh", "-n"] if shell == "busybox" else [shell, "-n"]
     scripts = [shell_script(replace(WHO, places={MACS[0][0]: place(gateway)})) for gateway in ("10.77.0.1", None)]
-    for text in (shell_script(WHO), shell_script(replace(WHO, nics=[])), *scripts, PREPARE, WAIT):
+    for text in (shell_script(WHO), shell_script(replace(WHO, nics=[])), *scripts, before_capture([MACS[0][0]]), WAIT):
         done = subprocess.run(command, input=text.encode(), capture_output=True)
         assert (done.returncode, done.stderr) == (0, b"")
 
@@ -127,6 +128,38 @@ def test_a_host_that_is_reached_otherwise_is_told_likewise():
     (settled,) = [data for what, _, _, data in records(calls(TOLD, who).message()) if what == 0]
     assert settled == b"eth0,0a4d0005,ffffff00,,10.77.0.1,inn,,a9fea9fe,0a4d0001"
     assert " routes=169.254.169.254,10.77.0.1;;" in shell_script(who)
+
+
+LAB = "[Network]\nDHCP=no\nAddress=10.77.0.5/24\nGateway=10.77.0.1\nDNS=10.77.0.1\nDomains=inn\n[Link]\nMTUBytes=1400\n"
+NATS = "[Network]\nDHCP=no\nAddress=10.0.2.15/24\nGateway=10.0.2.2\nDNS=10.0.2.3\n"
+
+
+@pytest.mark.parametrize(
+    ("before", "place_now", "after", "moves"),
+    [
+        (NATS, "nat", NATS, False),
+        (NATS, "lab", LAB, True),
+        (LAB, "lab", LAB, False),
+        (LAB, "nat", NATS, True),
+        (NATS, None, "", True),
+        ("", "lab", LAB, True),
+    ],
+)
+def test_a_card_that_has_a_fixed_place_gets_its_new_one_so(before, place_now, after, moves):
+    """systemd-networkd hears of it only where it is another one."""
+    (old, new), now = MACS[0], {"nat": NAT, "lab": place("10.77.0.1")}.get(place_now)
+    who = replace(WHO, places={old: now} if now else {})
+    naming = "naming 11 " + f"# Innkeeper: {old}\n{before}".encode().hex()
+    found = records(calls([*TOLD[:-1], naming], who).message())
+    written = [data.decode() for what, file, _, data in found if (what, file) == (1, 11)]
+    assert written == [f"# Innkeeper: {new}\n{after}"]
+    assert [what for what, *_ in found if what == 2] == [2] * moves
+    assert sum(what == 0 for what, *_ in found) == (now is not None and (moves or now is not NAT))
+
+
+def test_another_file_is_not_taken_for_one_with_a_fixed_place():
+    who = replace(WHO, places={MACS[0][0]: place("10.77.0.1")})
+    assert not [what for what, *_ in records(calls(TOLD, who).message()) if what == 2]
 
 
 def place(gateway: str | None) -> Place:

@@ -16,6 +16,7 @@ import structlog
 from innkeeper.base.errors import ActionRefused, AddressTaken, InnkeeperError, InvalidInput
 from innkeeper.network import macvtap, passt
 from innkeeper.operations.world import World
+from innkeeper.plan.devices import of_qemu
 from innkeeper.plan.network import (
     TAP,
     Network,
@@ -28,7 +29,7 @@ from innkeeper.plan.network import (
     tap_name,
 )
 from innkeeper.plan.options import Macvtap, Passt, Tap
-from innkeeper.plan.rebirth import Place
+from innkeeper.plan.rebirth import NAT, Place
 from innkeeper.qemu import cgroup
 from innkeeper.spec.vm import VMSpec
 from innkeeper.store.contract import Value
@@ -61,10 +62,17 @@ async def nics(world: World, vm: Value, known: dict[str, Network] | None = None)
 
 
 async def places(world: World, vm: Value) -> dict[str, Place]:
-    """What each of its cards in networks has there, by MAC."""
+    """What DHCP says to its cards in networks and behind QEMU's NAT, by MAC."""
     known = await networks(world)
     by_id = {network.id: network for network in known.values()}
-    return {nic.mac: place_of(by_id[nic.network], nic) for nic in await nics(world, vm, known) if nic.address}
+    inside = {nic.mac: place_of(by_id[nic.network], nic) for nic in await nics(world, vm, known) if nic.address}
+    return dict.fromkeys(behind_nat(vm), NAT) | inside
+
+
+def behind_nat(vm: Value) -> list[str]:
+    """The MAC addresses of its cards that have QEMU's own NAT."""
+    nics = VMSpec.model_validate(vm["spec"]).nics
+    return [mac for nic, mac in zip(nics, vm["identity"]["macs"], strict=True) if of_qemu(nic)]
 
 
 async def reachable(world: World, vm: Value) -> str | None:

@@ -13,9 +13,10 @@ from innkeeper.machine.machine import Machine
 from innkeeper.operations import image_make, vm_launch
 from innkeeper.operations.chains import own_layers, role_of
 from innkeeper.operations.engine import Context, Step, Verb
+from innkeeper.operations.networks import behind_nat
 from innkeeper.operations.vm_create import discard_folder, forget
 from innkeeper.plan.chain import file_name
-from innkeeper.plan.rebirth import PREPARE, forms
+from innkeeper.plan.rebirth import before_capture, forms
 from innkeeper.plan.waiting import HELLO, WAIT
 from innkeeper.qemu.agent_exec import capture as run_in_guest
 from innkeeper.qemu.ram import find_all
@@ -48,7 +49,8 @@ async def prepare(ctx: Context) -> None:
             raise BootTimeout(f"«{until}» did not end well within {allowed:.0f} s; it printed: {output or 'nothing'}")
         await asyncio.sleep(AGAIN)
     async with machine.agent() as agent:
-        await run_in_guest(agent, ["/bin/sh", "-s"], stdin=PREPARE.encode(), timeout=allowed)
+        script = before_capture(behind_nat(vm)).encode()
+        await run_in_guest(agent, ["/bin/sh", "-s"], stdin=script, timeout=allowed)
 
 
 async def capture(ctx: Context) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from innkeeper.base.errors import ActionRefused, QemuGone, UnplugRefused
+from innkeeper.base.errors import ActionRefused, AgentFailed, AgentUnavailable, QemuGone, UnplugRefused
 from innkeeper.machine.machine import Machine
 from innkeeper.machine.states import LIVE
 from innkeeper.network import macvtap, sriov
@@ -24,14 +24,18 @@ from innkeeper.operations.vm_update import rewrite, unwrite
 from innkeeper.operations.world import World
 from innkeeper.plan.devices import card, lockable, of_qemu, taps, user_forwards, user_netdev
 from innkeeper.plan.identity import Identity
+from innkeeper.plan.rebirth import ASK_AGAIN
 from innkeeper.plan.wiring import changed, check_live, replugged
 from innkeeper.qemu import cards
+from innkeeper.qemu.agent_exec import capture
 from innkeeper.qemu.process import let_lock
 from innkeeper.spec.vm import VMSpec
 from innkeeper.spec.wiring import AddNic, Change, RemoveNic, SetNic
 from innkeeper.store.contract import Value, update
 
 CHANGE: TypeAdapter[Change] = TypeAdapter(Change)
+ASKS = 10.0
+"""Seconds that a guest gets to ask DHCP again."""
 LET_GO, LET_GO_AGAIN = 30.0, 2.0
 """Seconds that the guest has to let go of a card; where adding it is undone."""
 UNPLUGGED = 1.0
@@ -102,12 +106,15 @@ async def _bring(ctx: Context, seconds: float) -> None:
     spec, identity = VMSpec.model_validate(vm["spec"]), Identity.model_validate(vm["identity"])
     wanted = {index for index, nic in enumerate(spec.nics) if nic.mode != "absent"}
     there = await cards.present(machine.monitor)
+    again = await _replugged(ctx)
+    if vm["forked"] and vm["state"] == "running" and (again or there != wanted):
+        await _have_it_ask(machine)
     for index in sorted(there - wanted):
         await cards.unplug(machine.monitor, index, seconds)
     kept = [tap.name for tap in taps(spec, identity) if tap.index in there]
     await macvtap.leave_only(vm_id, kept, world.home.networks)
     await sriov.leave_only(vm_id, there & wanted, world.home.networks)
-    if again := await _replugged(ctx):
+    if again:
         for index in again:
             await cards.set_link(machine.monitor, index, up=False)
         await asyncio.sleep(UNPLUGGED)
@@ -119,6 +126,13 @@ async def _bring(ctx: Context, seconds: float) -> None:
             await cards.forward(machine.monitor, f"net{index}", user_forwards(index, nic, identity))
         if nic.mode in ("user", "network", "macvtap"):
             await cards.set_link(machine.monitor, index, up=nic.link == "up")
+
+
+async def _have_it_ask(machine: Machine) -> None:
+    """A fork's guest may know its place without DHCP, which is wrong where a card leads elsewhere now."""
+    with suppress(AgentUnavailable, AgentFailed):
+        async with machine.agent() as agent:
+            await capture(agent, ["/bin/sh", "-s"], stdin=ASK_AGAIN.encode(), timeout=ASKS)
 
 
 async def _replugged(ctx: Context) -> list[int]:

@@ -14,6 +14,7 @@ systemd-networkd would look for its configuration again, by the MAC address that
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -40,9 +41,13 @@ class Place:
     """(host, next hop) of what is reached otherwise than by the gateway."""
 
 
+NAT = Place(IPv4Interface("10.0.2.15/24"), IPv4Address("10.0.2.2"), IPv4Address("10.0.2.3"), "")
+"""What QEMU's own NAT says to every guest."""
+
+
 @dataclass(frozen=True)
 class Rebirth:
-    """Who the guest becomes. `nics` are (old, new) MAC addresses, `places` of those in a network of ours, by old MAC;
+    """Who the guest becomes. `nics` are (old, new) MAC addresses, `places` of those of which it is known, by old MAC;
     `seed` is random, `seconds` the time of day (Unix time)."""
 
     name: str
@@ -54,17 +59,81 @@ class Rebirth:
     places: Mapping[str, Place] = field(default_factory=dict)
 
 
-PREPARE = """\
+NETWORKD, FIXED = "/run/systemd/network", "innkeeper.conf"
+FIXED_FILES = f"{NETWORKD}/*.d/{FIXED}"
+"""What `before_capture` leaves to systemd-networkd, until the guest boots."""
+
+ASK_AGAIN = f"""\
+set -- {FIXED_FILES}
+[ ! -f "$1" ] || {{ rm -f "$@"; networkctl reload; }}
+"""
+"""For `sh`: systemd-networkd asks DHCP again, as anybody wants whose card leads elsewhere now."""
+
+
+def fixed(mac: str, place: Place | None) -> str:
+    """A drop-in of systemd.network(5) with which a card does not ask DHCP what its place is; without a place, one with
+    which it asks. Its first line tells the card (`fixed_card`)."""
+    first = f"# Innkeeper: {mac}"
+    if place is None:
+        return f"{first}\n"
+    return "\n".join(
+        [
+            first,
+            "[Network]",
+            "DHCP=no",
+            f"Address={place.address}",
+            *([f"Gateway={place.gateway}"] if place.gateway else []),
+            f"DNS={place.resolver}",
+            *([f"Domains={place.domain}"] if place.domain else []),
+            *([f"[Link]\nMTUBytes={place.mtu}"] if place.mtu else []),
+            *(f"[Route]\nDestination={host}\nGateway={hop}" for host, hop in place.routes),
+            "",
+        ]
+    )
+
+
+def fixed_card(text: bytes) -> str:
+    """The MAC address that a file like that tells; of another file, nothing."""
+    found = re.match(rb"# Innkeeper: ([0-9a-f:]{17})\n", text)
+    return found[1].decode() if found else ""
+
+
+SETTLES = 5
+"""Seconds in which a guest comes to rest: what is under way at the capture, every fork does."""
+_FORGET_KEYS = """\
 for key in /etc/ssh/ssh_host_*_key; do
   case "$key" in *'*'*|*_ed25519_key) ;; *) rm -f "$key" "$key.pub" ;; esac
 done
 if systemctl -q is-active ssh.service && systemctl -q cat ssh.socket && [ "$(sshd -T | grep -c '^port 22$')" = 1 ]; then
   systemctl stop ssh.service && systemctl start ssh.socket
 fi >/dev/null 2>&1
+"""
+"""Of the host keys only the one stays that each fork gets its own of. Where systemd can listen for sshd, it starts one
+when somebody comes, with the keys of then; else the one that runs has to read them again."""
+
+
+def before_capture(nat: Sequence[str]) -> str:
+    """For `sh`, as root, before the capture. `nat` are the MAC addresses of cards of QEMU's own NAT, where each guest
+    has the same address: systemd-networkd would ask for it again in every fork, because of the MAC, and all that watch
+    it would follow. That is half of what a Debian does in its first second."""
+    return f"""\
+{_FORGET_KEYS}fixed=
+for nic in /sys/class/net/*; do
+  mac=$(cat "$nic/address")
+  nic=${{nic##*/}}
+  case " {" ".join(nat)} " in *" $mac "*) ;; *) continue ;; esac
+  ip -4 -o addr show dev "$nic" dynamic | grep -q " {NAT.address} " || continue
+  file=$(networkctl status "$nic" | sed -n 's/^ *Network File: //p')
+  [ -f "$file" ] || continue
+  mkdir -p "{NETWORKD}/${{file##*/}}.d"
+  cat >"{NETWORKD}/${{file##*/}}.d/{FIXED}" <<END
+{fixed("$mac", NAT)}END
+  fixed=$nic
+done 2>/dev/null
+[ -z "$fixed" ] || {{ networkctl reload; sleep {SETTLES}; }}
 sync
 """
-"""Before the capture: of the host keys only the one stays that each fork gets its own of. Where systemd can listen for
-sshd, it starts one when somebody comes, with the keys of then; else the one that runs has to read them again."""
+
 
 CONFIGURATIONS = ("/etc/systemd/network", "/etc/netplan", "/etc/network", "/etc/network/interfaces.d")
 """Folders of files that may tell a card by its MAC address, as cloud-init writes them."""
@@ -102,10 +171,10 @@ printf '{noise}' >/dev/urandom
 def shell_script(who: Rebirth) -> str:
     """For `sh`, as root; what it prints is a complaint, unless it is a `NOTE`, or `DONE` at the end. Steps that do not
     apply to the guest are left out by it. Only what the shell has built in is used wherever that is possible."""
-    macs = "".join(f"{old}) new={new} {_shell_words(who.places.get(old))};; " for old, new in who.nics)
+    macs = "".join(f"{old}) new={new} {_shell_words(new, who.places.get(old))};; " for old, new in who.nics)
     return f"""\
 date -u -s @{who.seconds:.0f} >/dev/null
-{reseed(who.seed)}name={shlex.quote(who.name)}
+{reseed(who.seed)}name={shlex.quote(who.name)} again=
 read -r old </proc/sys/kernel/hostname
 echo "$name" >/proc/sys/kernel/hostname
 echo "$name" >/etc/hostname
@@ -131,10 +200,14 @@ for nic in /sys/class/net/*; do
   [ -n "$new" ] || continue
   nic=${{nic##*/}}
   ip link set dev "$nic" address "$new"
-  for file in {" ".join(f"{folder}/*" for folder in CONFIGURATIONS)}; do
-    if [ -f "$file" ] && grep -q "$mac" "$file"; then sed -i "s/$mac/$new/g" "$file"; fi
+  for file in {" ".join(f"{folder}/*" for folder in CONFIGURATIONS)} {FIXED_FILES}; do
+    {{ [ -f "$file" ] && grep -q "$mac" "$file"; }} || continue
+    sed -i "s/$mac/$new/g" "$file"
+    case "$file" in {FIXED_FILES}) [ "$(cat "$file")" != "$fixed" ] || continue ;; *) continue ;; esac
+    echo "$fixed" >"$file"
+    stays= again=yes
   done
-  [ -n "$at" ] || continue
+  [ -n "$at" ] && [ -z "$stays" ] || continue
   [ -z "$mtu" ] || ip link set dev "$nic" mtu "$mtu"
   ip -4 route flush dev "$nic"
   ip -4 addr flush dev "$nic"
@@ -153,15 +226,17 @@ if [ -d /etc/ssh ]; then
   echo {shlex.quote(who.host_key.public.strip())} >/etc/ssh/ssh_host_ed25519_key.pub
   {{ read -r sshd </run/sshd.pid && kill -HUP "$sshd"; }} 2>/dev/null
 fi
+[ -z "$again" ] || networkctl reload >/dev/null 2>&1
 echo {DONE}
 exit 0
 """
 
 
-def _shell_words(place: Place | None) -> str:
+def _shell_words(mac: str, place: Place | None) -> str:
+    text = f"fixed={shlex.quote(fixed(mac, place).strip())}"
     if place is None:
-        return "at="
-    way = f"at={place.address} gateway={place.gateway or ''}"
+        return f"{text} at="
+    way = f"{text} stays={'yes' if place == NAT else ''} at={place.address} gateway={place.gateway or ''}"
     routes = shlex.quote(" ".join(f"{host},{hop}" for host, hop in place.routes))
     return f"{way} resolver={place.resolver} domain={shlex.quote(place.domain)} mtu={place.mtu or ''} routes={routes}"
 

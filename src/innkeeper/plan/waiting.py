@@ -17,7 +17,7 @@ import shlex
 from collections.abc import Sequence
 from struct import pack
 
-from innkeeper.plan.rebirth import CONFIGURATIONS, DONE, Place, Rebirth
+from innkeeper.plan.rebirth import CONFIGURATIONS, DONE, NAT, NETWORKD, Place, Rebirth, fixed, fixed_card
 
 PORT = "org.innkeeper.rebirth.0"
 HELLO = "innkeeper-waits"
@@ -26,6 +26,9 @@ LARGEST = 16384
 """Bytes of a file that tells a card by its MAC address, at most; a larger one stays as it is."""
 LINGERS = 10
 """Seconds for which it stays: ending is work, and the first seconds of a fork are somebody's."""
+
+_SETTLE, _ANEW = 0, 2
+"""No system calls: put a card into its place; once the answer is given, have systemd-networkd read its files anew."""
 
 _PERL = rf"""
 sub get {{
@@ -67,11 +70,13 @@ $told .= join(" ", "card", fileno $any, map {{ unpack "H*", $_ }} $nic_with{{$_}
 my $switch = "/proc/sys/net/ipv6/conf/%s/disable_ipv6";
 my %ipv6;
 get(sprintf $switch, $_) =~ /^0/ and open($ipv6{{$_}}, "+<", sprintf $switch, $_) for values %nic_with;
-for my $file (map {{ files($_) }} qw({" ".join(CONFIGURATIONS)})) {{
+opendir(my $dropped, "{NETWORKD}");
+my @folders = map {{ "{NETWORKD}/$_" }} grep {{ /\.d$/ }} $dropped ? readdir $dropped : ();
+for my $file (map {{ files($_) }} qw({" ".join(CONFIGURATIONS)}), @folders) {{
   my $text = get($file);
   hold("naming", $file, "+>>", undef, $text) if grep {{ index($text, $_) >= 0 }} keys %nic_with;
 }}
-my @said;
+my ($again, @said);
 sub card {{
   my ($nic, $what, $request) = @_;
   ioctl($any, $what, $request) or push @said, "$nic: $!\n";
@@ -112,13 +117,15 @@ while ($at < length $text) {{
   my $size = substr($text, $at + 22, 6) + 0;
   my $data = substr($text, $at + 28, $size);
   $at = $at + 28 + $size;
-  if ($what == 0) {{ settle(split(/,/, $data)) }}
+  if ($what == {_SETTLE}) {{ settle(split(/,/, $data)) }}
+  elsif ($what == {_ANEW}) {{ $again = 1 }}
   elsif ($what == 16) {{ syscall(16, $file, $number, $data) < 0 and push @said, "$call $!\n" }}
   elsif ($size) {{ syscall($what, $file, $data, $number) < 0 and push @said, "$call $!\n" }}
   else {{ syscall($what, $file, $number, 0) < 0 and push @said, "$call $!\n" }}
   $call = $call + 1;
 }}
 syswrite($port, join("", @said) . "{DONE}\n");
+system("networkctl", "reload") if $again;
 sleep {LINGERS};
 syscall(231, 0);
 """
@@ -133,7 +140,7 @@ done
 """
 """For `sh`: leaves the process that waits, which tells on the port what it holds open, a line each, and `HELLO`."""
 
-_SETTLE, _WRITE, _IOCTL, _KILL, _TRUNCATE, _SET_CLOCK = 0, 1, 16, 62, 77, 227
+_WRITE, _IOCTL, _KILL, _TRUNCATE, _SET_CLOCK = 1, 16, 62, 77, 227
 _RNDADDENTROPY, _RNDRESEEDCRNG, _SIOCSIFHWADDR = 0x40085203, 0x5207, 0x8924
 _ETHERNET, _HUP, _CLOCK_REALTIME = 1, 1, 0
 
@@ -189,14 +196,22 @@ def calls(told: Sequence[str], who: Rebirth) -> Calls:
             made.put(_FILES[what], file, text.encode())
     for file, parts in held.get("hosts", ()):
         made.put("/etc/hosts", file, f"127.0.1.1 {who.name}".encode().join(parts))
+    anew = set()
     for file, (before, *_) in held.get("naming", ()):
-        made.put("a file that names a card", file, _renamed(before, new))
+        after = _renamed(before, new)
+        if (old := fixed_card(before)) in new:
+            wanted = fixed(new[old], who.places.get(old)).encode()
+            if wanted != after:
+                anew.add(old)
+                after = wanted
+        made.put("a file that names a card", file, after)
     # From here on other programs notice, and have work to do.
     for file, (nic, mac, *_) in sorted(held.get("card", ()), key=lambda card: card[1]):
         if mine := new.get(old := mac.decode(errors="replace")):
             hardware = pack("16sH6s16x", nic, _ETHERNET, bytes.fromhex(mine.replace(":", "")))
             made.add(f"the MAC address of {nic.decode(errors='replace')}", _IOCTL, file, _SIOCSIFHWADDR, hardware)
-            if place := who.places.get(old):
+            place = who.places.get(old)
+            if place and (place != NAT or old in anew):
                 made.add("", _SETTLE, 0, 0, b"%b,%b" % (nic, _words(place).encode()))
     for file, _ in held.get("called", ()):
         made.add("the hostname", _WRITE, file, len(who.name), who.name.encode())
@@ -204,6 +219,8 @@ def calls(told: Sequence[str], who: Rebirth) -> Calls:
     made.add("the clock", _SET_CLOCK, _CLOCK_REALTIME, 0, now)
     for pid, _ in held.get("sshd", ()):
         made.add("", _KILL, pid, _HUP)
+    if anew:
+        made.add("", _ANEW, 0)
     return made
 
 
