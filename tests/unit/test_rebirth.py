@@ -130,8 +130,9 @@ def test_a_host_that_is_reached_otherwise_is_told_likewise():
     assert " routes=169.254.169.254,10.77.0.1;;" in shell_script(who)
 
 
-LAB = "[Network]\nDHCP=no\nAddress=10.77.0.5/24\nGateway=10.77.0.1\nDNS=10.77.0.1\nDomains=inn\n[Link]\nMTUBytes=1400\n"
-NATS = "[Network]\nDHCP=no\nAddress=10.0.2.15/24\nGateway=10.0.2.2\nDNS=10.0.2.3\n"
+KEEPS = "[Network]\nDHCP=no\nKeepConfiguration=static\n"
+LAB = f"{KEEPS}Address=10.77.0.5/24\nGateway=10.77.0.1\nDNS=10.77.0.1\nDomains=inn\n[Link]\nMTUBytes=1400\n"
+NATS = f"{KEEPS}Address=10.0.2.15/24\nGateway=10.0.2.2\nDNS=10.0.2.3\n"
 
 
 @pytest.mark.parametrize(

@@ -81,6 +81,7 @@ def fixed(mac: str, place: Place | None) -> str:
             first,
             "[Network]",
             "DHCP=no",
+            "KeepConfiguration=static",  # what is there already is right, and stays meanwhile
             f"Address={place.address}",
             *([f"Gateway={place.gateway}"] if place.gateway else []),
             f"DNS={place.resolver}",
