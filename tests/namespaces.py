@@ -29,11 +29,13 @@ def programs(namespace: str) -> dict[int, str]:
 
 @contextmanager
 def namespace(role: str) -> Iterator[str]:
-    """A namespace with its loopback up; it goes with all that runs in it."""
+    """A namespace with its loopback up, which forwards nothing (a new one may have that from the machine's own); it
+    goes with all that runs in it."""
     name = f"inn-test-{os.getpid()}-{role}"
     subprocess.run(["ip", "netns", "add", name], check=True)
     try:
         run(name, "ip", "link", "set", "lo", "up")
+        run(name, "sysctl", "-qw", "net.ipv4.ip_forward=0", "net.ipv6.conf.all.forwarding=0")
         yield name
     finally:
         for pid in programs(name):
