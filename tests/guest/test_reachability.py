@@ -158,14 +158,18 @@ def lab(host):
         daemon.inn.network_create("elsewhere").wait()
         small = {"image": "tiny", "memory": "192M", "disk": "8M", "cpus": 1}
         peer = vm_spec("peer", **small) | {"nics": [{"mode": "network", "network": name} for name in networks.values()]}
+        bridged = vm_spec("bridged", **small, network="lan")  # its address is nobody's to tell a fork
+        warming = daemon.inn.warm("tiny", vm_spec("warming", **small))
         alone = networks | {"other": "elsewhere"}
-        specs = [peer, *(vm_spec(name, **small, network=network) for name, network in alone.items())]
-        for operation in [daemon.inn.create(spec) for spec in specs]:
+        for operation in [warming, *(daemon.inn.create(spec) for spec in (peer, bridged))]:
             operation.wait()
+        for name in alone.keys() - {"bridged"}:
+            daemon.inn.fork("tiny", name=name, network=alone[name])
         daemon.networks = networks
         yield daemon
         for name in (*alone, "peer"):
             daemon.inn.vm(name).delete(force=True)
+        daemon.inn.image_delete("tiny-warm").wait()
         for name in ("default", "cell", "vault", "lan", "elsewhere"):
             daemon.inn.network_delete(name).wait()
         assert state_of(host) == before
