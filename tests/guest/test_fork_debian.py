@@ -29,11 +29,6 @@ def lab():
             daemon.inn.network_create(name).wait()
         daemon.inn.warm("debian-12", vm_spec("warming", "debian-12", memory="1G", cpus=2)).wait()
         yield daemon
-        for vm in reversed(daemon.inn.vms()):
-            daemon.inn.vm(vm["name"]).delete(force=True)
-        daemon.inn.image_delete("debian-12-warm").wait()
-        for name in ("lab", "other"):
-            daemon.inn.network_delete(name).wait()
 
 
 def says(daemon, vm, command):

@@ -213,8 +213,8 @@ for nic in /sys/class/net/*; do
   ip -4 route flush dev "$nic"
   ip -4 addr flush dev "$nic"
   ip addr add "$at" brd + dev "$nic"
-  [ -z "$gateway" ] || ip route replace default via "$gateway" dev "$nic"
-  for route in $routes; do ip route replace "${{route%,*}}" via "${{route#*,}}" dev "$nic"; done
+  [ -z "$gateway" ] || ip route replace default via "$gateway" dev "$nic" proto static
+  for route in $routes; do ip route replace "${{route%,*}}" via "${{route#*,}}" dev "$nic" proto static; done
   switch=/proc/sys/net/ipv6/conf/$nic/disable_ipv6
   if [ "$(cat "$switch" 2>/dev/null)" = 0 ]; then echo 1 >"$switch"; echo 0 >"$switch"; fi
   [ -L /etc/resolv.conf ] || echo "search $domain

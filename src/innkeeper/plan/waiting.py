@@ -7,7 +7,8 @@ the capture, and of that only what makes them.
 
 System calls have the numbers of x86-64, as the machines do: write(2) 1, ioctl(2) 16, kill(2) 62,
 ftruncate(2) 77, setpriority(2) 141, sched_setscheduler(2) 144, clock_settime(2) 227, exit_group(2) 231. random(4):
-RNDADDENTROPY, RNDRESEEDCRNG; netdevice(7): SIOCSIFHWADDR; linux/route.h: SIOCDELRT, SIOCADDRT.
+RNDADDENTROPY, RNDRESEEDCRNG; netdevice(7): SIOCSIFHWADDR; linux/route.h: SIOCDELRT; rtnetlink(7): RTM_NEWROUTE, of the
+protocol «static», which systemd-networkd leaves alone (`rebirth.fixed`).
 """
 
 from __future__ import annotations
@@ -66,6 +67,8 @@ my $resolvers;
 socket(my $any, 2, 2, 0);
 opendir(my $nics, "/sys/class/net");
 my %nic_with = map {{ get("/sys/class/net/$_/address") =~ /(.+)/ ? ($1 => $_) : () }} grep {{ !/^\./ }} readdir $nics;
+my %index = map {{ ($_ => get("/sys/class/net/$_/ifindex") + 0) }} values %nic_with;
+socket(my $netlink, 16, 3, 0);
 $told .= join(" ", "card", fileno $any, map {{ unpack "H*", $_ }} $nic_with{{$_}}, $_) . "\n" for keys %nic_with;
 my $switch = "/proc/sys/net/ipv6/conf/%s/disable_ipv6";
 my %ipv6;
@@ -82,11 +85,14 @@ sub card {{
   ioctl($any, $what, $request) or push @said, "$nic: $!\n";
 }}
 sub route {{
-  my ($nic, $to, $hop, $flags) = @_;
-  my $way = "x8 S x2 a4 x8 S x2 a4 x8 S x14 S x30 p x24";
-  $way = pack($way, 2, pack("H*", $to), 2, pack("H*", $hop), 2, $flags, $nic);
+  my ($nic, $to, $hop) = @_;
+  my $way = pack("C8 x4 S2 L S2 H8", 2, $to ? 32 : 0, 0, 0, 254, 4, 0, 1, 8, 4, $index{{$nic}}, 8, 5, $hop);
+  $way .= pack("S2 H8", 8, 1, $to) if $to;
+  my $answer = "";
+  syswrite($netlink, pack("L S2 x8", 16 + length $way, 24, 0x605) . $way) and sysread($netlink, $answer, 4096);
+  $! = -unpack("x16 l", $answer) if $answer;
   # Another card of the same network may have made it: EEXIST.
-  ioctl($any, 0x890b, $way) || $! == 17 or push @said, "$nic: $!\n";
+  $answer && ($! == 0 || $! == 17) or push @said, "$nic: $!\n";
 }}
 sub settle {{
   my ($nic, $address, $mask, $gateway, $resolver, $domain, $mtu, @hosts) = @_;
@@ -96,8 +102,8 @@ sub settle {{
   for my $set ([0x8916, $address], [0x891c, $mask]) {{
     card($nic, $set->[0], pack("a16 S x2 a4 x16", $nic, 2, pack("H*", $set->[1])));
   }}
-  route($nic, "0" x 8, $gateway, 3) if $gateway;
-  while (my ($host, $hop) = splice(@hosts, 0, 2)) {{ route($nic, $host, $hop, 7) }}
+  route($nic, "", $gateway) if $gateway;
+  while (my ($host, $hop) = splice(@hosts, 0, 2)) {{ route($nic, $host, $hop) }}
   if (my $off = $ipv6{{$nic}}) {{ sysseek($off, 0, 0) && syswrite($off, $_) for 1, 0 }}
   if ($resolvers) {{ truncate($resolvers, 0); syswrite($resolvers, "search $domain\nnameserver $resolver\n") }}
 }}
