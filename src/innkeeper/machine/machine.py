@@ -380,25 +380,25 @@ class Machine:
         await migration.load(self.monitor, state, saved=saved)
 
     async def copy_memory(self, size: int, progress: guest_memory.Progress) -> guest_memory.Copy:
-        """What its `size` bytes of RAM and its screen hold, while the guest goes on; `save_state` makes it of one
-        moment. Raises `QemuFailed`."""
+        """What its `size` bytes of RAM and its screen hold, prepared while the guest goes on; `save_state` fixes the
+        moment, and `finish` makes it whole. Raises `QemuFailed`."""
         copy = guest_memory.Copy(self.process.pid.number, await guest_memory.regions(self.monitor, size))
         try:
-            await copy.take(progress)
+            await copy.prepare(progress)
         except BaseException:
-            copy.close()
+            await copy.close()
             raise
         return copy
 
     async def save_state(self, copy: guest_memory.Copy, machine_type: str) -> bytes:
-        """Of a guest that is held: bring the copy of its memory up to date, and give the state of its devices. Nobody
-        talks to its agent meanwhile: that would get into its memory. Raises `QemuFailed`, `QmpFailed`."""
+        """Of a guest that is held: fix the copy of its memory, and give the state of its devices. Nobody talks to its
+        agent meanwhile: that would get into its memory. Raises `QemuFailed`, `QmpFailed`."""
         async with self._agent_lock:
             agent = self._agent
             if agent is not None:
                 agent.may_ask.clear()
             try:
-                await copy.take(None)
+                await copy.fix()
                 return await migration.snapshot(self.monitor, machine_type)
             finally:
                 if agent is not None:

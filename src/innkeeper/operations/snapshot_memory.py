@@ -85,13 +85,18 @@ async def capture(ctx: Context, vm: Value, machine: Machine, freeze: Deed) -> No
     check_host_memory(size, host.memory, 0)
     if not ctx.args["passing"]:
         check_room(ctx, resident(ctx, vm["id"]))
-    copy = await machine.copy_memory(size, lambda fraction: ctx.report(fraction, "copying memory"))
+
+    def progress(fraction: float | None) -> None:
+        ctx.report(fraction, "copying memory")
+
+    copy = await machine.copy_memory(size, progress)
     try:
         ctx.data["switching"] = True
         await hold(ctx, machine)
         await freeze()
         devices = await machine.save_state(copy, vm["identity"]["machine_type"])
         await release(ctx)
+        await copy.finish(progress)
         parts = [size, copy.size - size, len(devices)]
         copy.append(devices)
         ctx.report(None, "looking through its memory")
@@ -103,7 +108,7 @@ async def capture(ctx: Context, vm: Value, machine: Machine, freeze: Deed) -> No
             await gently(partial(_write, copy, memory_path(world, vm["id"], snapshot)))
         stored = os.fstat(copy.fd).st_blocks * 512
     finally:
-        copy.close()
+        await copy.close()
     live = await world.store.get(f"live/{vm['id']}")
     argv = live.value["argv"] if live else []
     ctx.data["memory"] = {

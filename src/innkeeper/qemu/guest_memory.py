@@ -1,11 +1,14 @@
 """A guest's memory, read and written from outside its QEMU: process_vm_readv(2), proc(5) «pagemap».
 
-A copy of a running guest's memory is made twice: while it runs, which takes as long as it takes and leaves the host
-with pages for all of it, and once more while it stands still, which takes some 0.1 s for each GiB in use. QEMU's own
-ways are slower (its migration stream has one thread, and looks at each page), or cannot be relied upon: under software
-emulation QEMU before 9.0 loses track of some of what a guest writes (fixed by «physmem: Fix migration dirty bitmap
-coherency with TCG memory access»). Its background-snapshot needs a privilege (userfaultfd(2)), hangs for good when
-it is cancelled (7.2), and leaves all of RAM in use for each later copy (docs/benchmarks.md).
+A running guest stands still for a picture of its QEMU's memory (picture.py), which takes a moment whatever the size,
+and is copied while the guest goes on. Where there is no picture, memory is copied twice: while the guest runs, which
+takes as long as it takes and leaves the host with pages for all of it, and once more while it stands still, which takes
+some 0.1 s for each GiB in use.
+
+QEMU's own ways are slower (its migration stream has one thread, and looks at each page), or cannot be relied upon:
+under software emulation QEMU before 9.0 loses track of some of what a guest writes (fixed by «physmem: Fix migration
+dirty bitmap coherency with TCG memory access»). Its background-snapshot needs a privilege (userfaultfd(2)), hangs for
+good when it is cancelled (7.2), and leaves all of RAM in use for each later copy (docs/benchmarks.md).
 """
 
 from __future__ import annotations
@@ -21,17 +24,23 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+import structlog
+
 from innkeeper.base.errors import QemuFailed
 from innkeeper.base.units import MIB
 from innkeeper.qemu.monitor import Monitor
+from innkeeper.qemu.picture import Picture
 from innkeeper.qemu.ram import NAME, SEALS, copy_sparse, extents
 
+log = structlog.get_logger()
+
 PAGE = mmap.PAGESIZE
+HUGE = 2 * MIB
 MOST = 2 * MIB
 """Bytes that are copied at once: between two, a cancel is seen."""
 WORKERS = 2
@@ -39,6 +48,8 @@ WORKERS = 2
 REPORT_EVERY = 0.2
 LAST = 19
 """The lowest priority there is (setpriority(2)); on Linux each thread has one."""
+_PROCESS_MADVISE, _COLLAPSE = 440, 25
+"""process_madvise(2), which glibc has since 2.36; MADV_COLLAPSE."""
 _IN_USE = bytes(int(flags >= 0x40) for flags in range(256))
 """The highest byte of an entry in a pagemap → 1 if bit 63 or 62 is set: the page is in RAM, or in swap."""
 
@@ -77,33 +88,81 @@ async def _host_address(monitor: Monitor, guest: int) -> int | None:
 
 
 class Copy:
-    """What regions of a QEMU hold, one after the other, in a memfd: sparse as they are."""
+    """What regions of a QEMU hold, one after the other, in a memfd: sparse as they are.
+
+    `prepare` while the guest runs, `fix` while it stands still, `finish` while it runs again.
+    """
 
     def __init__(self, pid: int, of: Sequence[Region]) -> None:
         self._pid, self._regions = pid, of
+        self._picture: Picture | None = None
         self._had = b""
         self.size = sum(region.size for region in of)
         self.fd = os.memfd_create(NAME, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         os.ftruncate(self.fd, self.size)
         self._map: mmap.mmap | None = mmap.mmap(self.fd, self.size)
 
-    async def take(self, progress: Progress | None) -> None:
+    async def prepare(self, progress: Progress) -> None:
+        """Whatever makes `fix` quick. Raises `QemuFailed`."""
+        try:
+            self._picture = await Picture.ready(self._pid, [(region.address, region.size) for region in self._regions])
+        except QemuFailed as error:
+            log.info("memory is copied twice", reason=error.detail)
+            await self._take(self._pid, progress)
+        else:
+            await gently(self._in_huge_pages)
+
+    async def fix(self) -> None:
+        """This is the moment of which the copy is. Raises `QemuFailed`."""
+        if self._picture is not None:
+            try:
+                return await self._picture.take()
+            except QemuFailed as error:
+                log.warning("memory is copied while the guest waits", reason=error.detail)
+                await self._drop_picture()
+        await self._take(self._pid, None)
+
+    async def finish(self, progress: Progress) -> None:
+        """From here on it is whole. Raises `QemuFailed`."""
+        if self._picture is not None:
+            await self._take(self._picture.pid, progress)
+            await self._drop_picture()
+
+    async def _drop_picture(self) -> None:
+        picture, self._picture = self._picture, None
+        if picture is not None:
+            await picture.close()
+
+    async def _take(self, pid: int, progress: Progress | None) -> None:
         """As it is now: what the guest has given back since the last time reads as zeros. With `progress` the guest
-        runs meanwhile, and goes first; else it waits. Raises `QemuFailed`."""
+        runs meanwhile, and goes first; else it waits."""
         assert self._map is not None
         todo, has, offset = [], b"", 0
         for region in self._regions:
-            pages = await asyncio.to_thread(in_use, self._pid, region)  # much to read, of a large guest
+            pages = await asyncio.to_thread(in_use, pid, region, self._pid)  # much to read, of a large guest
             todo += [(offset + at, region.address + at, length) for at, length in _pieces(_runs(pages))]
             has, offset = has + pages, offset + region.size
-        await _move(_libc.process_vm_readv, self._pid, self._map, todo, progress)
+        await _move(_libc.process_vm_readv, pid, self._map, todo, progress)
         gone = int.from_bytes(self._had, "big") & ~int.from_bytes(has, "big")
         for begin, end in _runs(gone.to_bytes(len(has), "big")):
             self._map.madvise(mmap.MADV_REMOVE, begin, end - begin)
         self._had = has
 
+    def _in_huge_pages(self) -> None:
+        """Have RAM in huge pages again (MADV_COLLAPSE of madvise(2)), where the last picture has split them: the next
+        is made in a tenth of the time. Where that is not possible it is not."""
+        with suppress(OSError, QemuFailed), _pidfd(self._pid) as process:
+            for region in self._regions:
+                pages = in_use(self._pid, region)
+                for at in range(-region.address % HUGE, region.size - HUGE + 1, HUGE):
+                    if pages.count(1, at // PAGE, (at + HUGE) // PAGE) == HUGE // PAGE:
+                        part = _Vector(region.address + at, HUGE)
+                        done = _libc.syscall(_PROCESS_MADVISE, process, ctypes.byref(part), 1, _COLLAPSE, 0)
+                        if done < 0 and ctypes.get_errno() not in (errno.EAGAIN, errno.EBUSY):
+                            return
+
     def append(self, data: bytes) -> None:
-        """Put `data` behind it; no `take` after that."""
+        """Put `data` behind it, once it is whole."""
         os.pwrite(self.fd, data, self.size)
         self.size += len(data)
 
@@ -123,10 +182,20 @@ class Copy:
             self._map.close()
             self._map = None
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """Let go of it, unless it is sealed and in use elsewhere."""
         self._unmap()
         os.close(self.fd)
+        await self._drop_picture()
+
+
+@contextmanager
+def _pidfd(pid: int) -> Iterator[int]:
+    fd = os.pidfd_open(pid)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
 
 
 async def put(pid: int, region: Region, file: int, offset: int, progress: Progress | None = None) -> None:
@@ -137,12 +206,13 @@ async def put(pid: int, region: Region, file: int, offset: int, progress: Progre
         await _move(_libc.process_vm_writev, pid, source, todo, progress)
 
 
-def in_use(pid: int, region: Region) -> bytes:
+def in_use(pid: int, region: Region, of: int = 0) -> bytes:
     """A byte for each page of the region: 1 for those that it has of its own, or of a file that it maps. The others are
-    all zeros, and reading them would make the host provide them. Raises `QemuFailed`."""
+    all zeros, and reading them would make the host provide them. `of` is the process that it is a picture of, which has
+    such a file open. Raises `QemuFailed`."""
     try:
         flags = bytearray(_pagemap(pid, region))
-        for begin, end in _of_file(pid, region):
+        for begin, end in _of_file(of or pid, region):
             pages = range(begin // PAGE, -(-end // PAGE))
             flags[pages.start : pages.stop] = b"\x01" * len(pages)
     except OSError as error:
