@@ -201,7 +201,7 @@ class Machine:
                     self.stood_still = at - self._stopped_at
                 if event["event"] == "STOP":
                     self._stopped_at = at
-                    data = await monitor.execute("query-status")
+                    data = {} if self.status.pausing else await monitor.execute("query-status")
                 await self._effects(react(self.status, event["event"], data, disc=self.disc))
 
     def _powered_off(self) -> bool:
@@ -390,8 +390,8 @@ class Machine:
             raise
         return copy
 
-    async def save_state(self, copy: guest_memory.Copy, machine_type: str) -> bytes:
-        """Of a guest that is held: fix the copy of its memory, and give the state of its devices. Nobody talks to its
+    async def save_state(self, copy: guest_memory.Copy, devices: migration.Devices) -> None:
+        """Of a guest that is held: fix the copy of its memory, and save the state of its devices. Nobody talks to its
         agent meanwhile: that would get into its memory. Raises `QemuFailed`, `QmpFailed`."""
         async with self._agent_lock:
             agent = self._agent
@@ -399,7 +399,7 @@ class Machine:
                 agent.may_ask.clear()
             try:
                 await copy.fix()
-                return await migration.snapshot(self.monitor, machine_type)
+                await devices.save()
             finally:
                 if agent is not None:
                     agent.may_ask.set()

@@ -128,7 +128,9 @@ async def _switch_running(ctx: Context, vm: Value, machine: Machine) -> None:
         return  # a daemon before this one came that far
     if vm["spec"]["firmware"] == "uefi":  # its variables are a file that it writes to whenever it likes
         await hold(ctx, machine)
-    await _freeze(ctx, vm, machine)
+    pairs = await _pairs(ctx)
+    await blocks.open_above(machine.monitor, pairs)
+    await _freeze(ctx, vm, machine, pairs)
 
 
 async def _with_memory(ctx: Context, vm: Value) -> None:
@@ -137,15 +139,21 @@ async def _with_memory(ctx: Context, vm: Value) -> None:
     if machine is None:
         raise ActionRefused(f"{vm['name']} ended before its memory was saved", hint=f"inn start {vm['name']}")
 
-    async def freeze() -> None:
-        await _freeze(ctx, vm, machine)
-
     if "memory" in ctx.data:
         return
     if await _switched(ctx, machine):
         raise QmpFailed("the guest's memory was not saved: the daemon ended in the middle of it")
-    await blocks.open_above(machine.monitor, await _pairs(ctx))  # now, while the guest runs
-    await capture(ctx, vm, machine, freeze)
+    pairs = await _pairs(ctx)
+
+    async def ready() -> None:
+        await blocks.open_above(machine.monitor, pairs)
+        for top, _ in pairs:  # so that little is left to flush while it stands still
+            await blocks.flush(machine.monitor, top)
+
+    async def freeze() -> None:
+        await _freeze(ctx, vm, machine, pairs)
+
+    await capture(ctx, vm, machine, ready, freeze)
 
 
 async def _switched(ctx: Context, machine: Machine) -> bool:
@@ -153,11 +161,11 @@ async def _switched(ctx: Context, machine: Machine) -> bool:
     return bool(pairs) and {overlay.node for _, overlay in pairs} <= await blocks.tops(machine.monitor)
 
 
-async def _freeze(ctx: Context, vm: Value, machine: Machine) -> None:
+async def _freeze(ctx: Context, vm: Value, machine: Machine, pairs: list[tuple[str, Layer]]) -> None:
     ctx.data["nvram"] = keep_nvram(ctx.world, vm, ctx.data["snapshot"])
     if ctx.data["nvram"]:
         await ctx.save()
-    if pairs := await _pairs(ctx):
+    if pairs:
         await blocks.put_on_top(machine.monitor, pairs)
 
 

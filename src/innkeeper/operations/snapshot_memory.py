@@ -1,9 +1,9 @@
 """The part of a snapshot that is a running guest's memory: of the moment at which its disks are frozen; a restore and
 forks go on from it.
 
-It is copied into the daemon's memory (qemu/guest_memory.py); from there into a file, which gets its name once all of it
-is on the host's disk. A passing snapshot, for forks that are being made, has no file. What one daemon copied is lost to
-the next: then there is no snapshot.
+It is copied into the daemon's memory (qemu/guest_memory.py), after that moment where that can be done; from there into
+a file, which gets its name once all of it is on the host's disk. A passing snapshot, for forks that are being made, has
+no file. What one daemon copied is lost to the next: then there is no snapshot.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from innkeeper.plan.rebirth import forms, reseed, understood
 from innkeeper.plan.snapshot import machine_then
 from innkeeper.qemu.agent_exec import capture as run_in_guest
 from innkeeper.qemu.guest_memory import Copy, gently
+from innkeeper.qemu.migration import room_for_devices
 from innkeeper.qemu.ram import find_all
 from innkeeper.spec.vm import VMSpec
 from innkeeper.store.contract import Value
@@ -76,8 +77,8 @@ async def check_memory(world: World, vm: Value, *, quiesce: bool) -> None:
         )
 
 
-async def capture(ctx: Context, vm: Value, machine: Machine, freeze: Deed) -> None:
-    """Save the guest, with `freeze` done at that very moment; it runs on then."""
+async def capture(ctx: Context, vm: Value, machine: Machine, ready: Deed, freeze: Deed) -> None:
+    """Save the guest, with `freeze` done at that very moment, and `ready` shortly before; it runs on then."""
     world, snapshot = ctx.world, ctx.data["snapshot"]
     await release(ctx)
     size = vm["spec"]["memory"]
@@ -91,14 +92,17 @@ async def capture(ctx: Context, vm: Value, machine: Machine, freeze: Deed) -> No
 
     copy = await machine.copy_memory(size, progress)
     try:
-        ctx.data["switching"] = True
-        await hold(ctx, machine)
-        await freeze()
-        devices = await machine.save_state(copy, vm["identity"]["machine_type"])
-        await release(ctx)
+        async with room_for_devices(machine.monitor) as devices:
+            await ready()
+            ctx.data["switching"] = True
+            await hold(ctx, machine)
+            await freeze()
+            await machine.save_state(copy, devices)
+            await release(ctx)
+            saved = devices.state(vm["identity"]["machine_type"])
         await copy.finish(progress)
-        parts = [size, copy.size - size, len(devices)]
-        copy.append(devices)
+        parts = [size, copy.size - size, len(saved)]
+        copy.append(saved)
         ctx.report(None, "looking through its memory")
         uuid_at = await gently(partial(find_all, copy.fd, forms(vm["identity"]["uuid"])))
         if ctx.args["passing"]:

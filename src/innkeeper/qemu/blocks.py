@@ -37,15 +37,14 @@ async def nodes(monitor: Monitor) -> set[str]:
 
 
 async def put_on_top(monitor: Monitor, pairs: Sequence[tuple[str, Layer]]) -> None:
-    """Have each disk, by its top node, write to a new, empty layer from one point in time on. Raises `QmpFailed`;
-    then no disk has changed, and `let_go` removes what was opened for it."""
-    await open_above(monitor, pairs)
+    """Have each disk, by its top node, write to a new, empty layer from one point in time on, which `open_above` has
+    opened. Raises `QmpFailed`; then no disk has changed, and `let_go` removes what was opened for it."""
     actions = [{"type": "blockdev-snapshot", "data": {"node": top, "overlay": overlay.node}} for top, overlay in pairs]
     await monitor.execute("transaction", {"actions": actions}, seconds=PATIENCE)
 
 
 async def open_above(monitor: Monitor, pairs: Sequence[tuple[str, Layer]]) -> None:
-    """What `put_on_top` begins with, and may be done long before. Raises `QmpFailed`."""
+    """Open the new layers, whenever. Raises `QmpFailed`."""
     there = await nodes(monitor)
     for _, overlay in pairs:
         if overlay.node not in there:

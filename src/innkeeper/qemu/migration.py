@@ -1,17 +1,19 @@
 """The state of a guest's devices, out of QEMU and into one, while its RAM goes another way.
 
 `save` is a migration that leaves out RAM which is shared on a file (capability x-ignore-shared); the guest cannot go on
-after it. `snapshot` is of any guest that stands still: it may go on.
+after it. `Devices` are of any guest that stands still: it may go on.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from time import monotonic
 
-from innkeeper.base.errors import QmpFailed
+from innkeeper.base.errors import QemuGone, QmpFailed
 from innkeeper.plan.device_state import without_announcing
 from innkeeper.qemu.monitor import Monitor
 
@@ -37,35 +39,53 @@ async def save(monitor: Monitor, path: Path) -> None:
     await _completed(monitor)
 
 
-async def snapshot(monitor: Monitor, machine_type: str) -> bytes:
-    """The state of all devices of a guest that stands still. What they have of memory that is not RAM, as a screen's,
-    is not in it. Raises `QmpFailed`.
+class Devices:
+    """The state of all devices of a guest that stands still, and may go on. What they have of memory that is not RAM,
+    as a screen's, is not in it.
 
     QEMU's `xen-save-devices-state` needs no Xen, and writes a migration stream without the sections that tell the
     machine type and describe the rest; `load` wants those.
     """
-    fd = os.memfd_create("innkeeper-devices", os.MFD_CLOEXEC)
+
+    def __init__(self, monitor: Monitor, file: int, fdset: int) -> None:
+        self._monitor, self._file, self._fdset = monitor, file, fdset
+
+    async def save(self) -> None:
+        """As they are now. Raises `QmpFailed`."""
+        arguments = {"filename": f"/dev/fdset/{self._fdset}", "live": False}
+        await self._monitor.execute("xen-save-devices-state", arguments)
+
+    def state(self, machine_type: str) -> bytes:
+        """What was saved, for `load`."""
+        state = os.pread(self._file, os.fstat(self._file).st_size, 0)
+        name, nothing = machine_type.encode(), b"{}"
+        configuration = _CONFIGURATION + len(name).to_bytes(4, "big") + name
+        description = _DESCRIPTION + len(nothing).to_bytes(4, "big") + nothing
+        return state[:_HEADER] + configuration + state[_HEADER:] + description
+
+
+@asynccontextmanager
+async def room_for_devices(monitor: Monitor) -> AsyncIterator[Devices]:
+    """Where their state can be saved without further words. Raises `QmpFailed`."""
+    file = os.memfd_create("innkeeper-devices", os.MFD_CLOEXEC)
     try:
-        handed = os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_CLOEXEC)
+        handed = os.open(f"/proc/self/fd/{file}", os.O_WRONLY | os.O_CLOEXEC)
         try:
             fdset = await monitor.add(handed)
         finally:
             os.close(handed)
         try:
-            await monitor.execute("xen-save-devices-state", {"filename": f"/dev/fdset/{fdset}", "live": False})
+            yield Devices(monitor, file, fdset)
         finally:
-            await monitor.execute("remove-fd", {"fdset-id": fdset})
-        state = os.pread(fd, os.fstat(fd).st_size, 0)
+            with suppress(QemuGone):
+                await monitor.execute("remove-fd", {"fdset-id": fdset})
     finally:
-        os.close(fd)
-    name, nothing = machine_type.encode(), b"{}"
-    configuration = _CONFIGURATION + len(name).to_bytes(4, "big") + name
-    return state[:_HEADER] + configuration + state[_HEADER:] + _DESCRIPTION + len(nothing).to_bytes(4, "big") + nothing
+        os.close(file)
 
 
 async def load(monitor: Monitor, state: bytes, *, saved: bool = False) -> None:
     """Put the state of all devices into a QEMU that waits for it, with the RAM it belongs to. `saved`: it is of `save`,
-    not of `snapshot`.
+    not of `Devices`.
 
     No card announces itself, as after a migration to another host: a guest has better things to do in its first moment,
     and Linux (6.12) hangs for good where its link is taken down meanwhile (virtnet_close waits for work that waits for
