@@ -27,6 +27,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from time import monotonic
 from typing import TypeVar
 
 import structlog
@@ -125,7 +126,12 @@ class Copy:
     async def finish(self, progress: Progress) -> None:
         """From here on it is whole. Raises `QemuFailed`."""
         if self._picture is not None:
-            await self._take(self._picture.pid, progress)
+            todo, _ = await self._look(self._picture.pid)
+            told = monotonic()
+            async for count in self._picture.read(self.fd, todo):
+                if count == len(todo) or monotonic() - told > REPORT_EVERY:
+                    told = monotonic()
+                    progress(count / len(todo))
             await self._drop_picture()
 
     async def _drop_picture(self) -> None:
@@ -137,16 +143,21 @@ class Copy:
         """As it is now: what the guest has given back since the last time reads as zeros. With `progress` the guest
         runs meanwhile, and goes first; else it waits."""
         assert self._map is not None
-        todo, has, offset = [], b"", 0
-        for region in self._regions:
-            pages = await asyncio.to_thread(in_use, pid, region, self._pid)  # much to read, of a large guest
-            todo += [(offset + at, region.address + at, length) for at, length in _pieces(_runs(pages))]
-            has, offset = has + pages, offset + region.size
+        todo, has = await self._look(pid)
         await _move(_libc.process_vm_readv, pid, self._map, todo, progress)
         gone = int.from_bytes(self._had, "big") & ~int.from_bytes(has, "big")
         for begin, end in _runs(gone.to_bytes(len(has), "big")):
             self._map.madvise(mmap.MADV_REMOVE, begin, end - begin)
         self._had = has
+
+    async def _look(self, pid: int) -> tuple[list[tuple[int, int, int]], bytes]:
+        """(offset in the copy, address in the process, length) of what there is to copy, and all pages as `in_use`."""
+        todo, has, offset = [], b"", 0
+        for region in self._regions:
+            pages = await asyncio.to_thread(in_use, pid, region, self._pid)  # much to read, of a large guest
+            todo += [(offset + at, region.address + at, length) for at, length in _pieces(_runs(pages))]
+            has, offset = has + pages, offset + region.size
+        return todo, has
 
     def _in_huge_pages(self) -> None:
         """Have RAM in huge pages again (MADV_COLLAPSE of madvise(2)), where the last picture has split them: the next

@@ -11,7 +11,7 @@ import asyncio
 import os
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
 
 from innkeeper.base.child import start_child
@@ -24,7 +24,7 @@ AT_ONCE = 2.0
 
 
 class Picture:
-    """`ready` beforehand; `take` it; read the memory of process `pid`; `close`."""
+    """`ready` beforehand; `take` it; `read` what it holds, which is the memory of process `pid`; `close`."""
 
     def __init__(self, tracer: asyncio.subprocess.Process) -> None:
         self._tracer = tracer
@@ -61,7 +61,17 @@ class Picture:
             self._tracer.stdin.write(b"take\n")
         self.pid = int(await self._hear("", AT_ONCE))
 
-    async def _hear(self, wanted: str, seconds: float) -> str:
+    async def read(self, file: int, todo: Sequence[tuple[int, int, int]]) -> AsyncIterator[int]:
+        """Copy (offset in the file, address, size) each, while everybody else goes first; how many there are by then.
+        Raises `QemuFailed`."""
+        assert self._tracer.stdin is not None
+        for count, numbers in enumerate(todo, 1):
+            words = " ".join(map(str, numbers))
+            self._tracer.stdin.write(f"read /proc/{os.getpid()}/fd/{file} {words}\n".encode())
+            await self._hear("read", None)
+            yield count
+
+    async def _hear(self, wanted: str, seconds: float | None) -> str:
         assert self._tracer.stdout is not None
         try:
             async with asyncio.timeout(seconds):
