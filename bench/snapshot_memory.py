@@ -83,8 +83,15 @@ def libvirt() -> Iterator[None]:
             process.wait()
 
 
+class VirshFailed(Exception):
+    pass
+
+
 def virsh(*words: str) -> str:
-    return subprocess.run(["virsh", "-q", *words], check=True, capture_output=True, text=True).stdout
+    done = subprocess.run(["virsh", "-q", *words], capture_output=True, text=True)
+    if done.returncode:
+        raise VirshFailed(f"virsh {words[0]}: {done.stderr.strip()}")
+    return done.stdout
 
 
 class Theirs:
@@ -115,9 +122,9 @@ class Theirs:
             try:
                 self.run("true")
                 break
-            except subprocess.CalledProcessError as error:
+            except VirshFailed as error:
                 if time.monotonic() > deadline:
-                    raise SystemExit(f"the guest under libvirt does not answer: {error.stderr}") from None
+                    raise SystemExit(f"the guest under libvirt does not answer: {error}") from None
                 time.sleep(1)
 
     def run(self, script: str) -> None:
