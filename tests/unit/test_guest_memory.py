@@ -101,7 +101,7 @@ def test_it_is_written_to_a_file_and_put_into_another_process(theirs, tmp_path: 
     copy = Copy(theirs.process.pid, [theirs.region])
     asyncio.run(whole(copy))
     with (tmp_path / "memory").open("w+b") as file:
-        copy.write(file.fileno())
+        asyncio.run(copy.write(file.fileno()))
         assert units(file.fileno()) == {1: b"first", 5: b"below"} and os.fstat(file.fileno()).st_size == SIZE
         other = Theirs()
         try:

@@ -13,7 +13,6 @@ import secrets
 import time
 import uuid
 from collections.abc import Awaitable, Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +32,8 @@ from innkeeper.plan.identity import misfit
 from innkeeper.plan.rebirth import forms, reseed, understood
 from innkeeper.plan.snapshot import machine_then
 from innkeeper.qemu.agent_exec import capture as run_in_guest
-from innkeeper.qemu.guest_memory import Copy, gently
+from innkeeper.qemu.guest_memory import Copy
 from innkeeper.qemu.migration import room_for_devices
-from innkeeper.qemu.ram import find_all
 from innkeeper.spec.vm import VMSpec
 from innkeeper.store.contract import Value
 
@@ -104,12 +102,12 @@ async def capture(ctx: Context, vm: Value, machine: Machine, ready: Deed, freeze
         parts = [size, copy.size - size, len(saved)]
         copy.append(saved)
         ctx.report(None, "looking through its memory")
-        uuid_at = await gently(partial(find_all, copy.fd, forms(vm["identity"]["uuid"])))
+        uuid_at = await copy.find(forms(vm["identity"]["uuid"]))
         if ctx.args["passing"]:
             world.ram.put(snapshot, copy.seal())
         else:
             ctx.report(None, "writing memory")
-            await gently(partial(_write, copy, memory_path(world, vm["id"], snapshot)))
+            await _write(copy, memory_path(world, vm["id"], snapshot))
         stored = os.fstat(copy.fd).st_blocks * 512
     finally:
         await copy.close()
@@ -124,12 +122,12 @@ async def capture(ctx: Context, vm: Value, machine: Machine, ready: Deed, freeze
     await ctx.save()
 
 
-def _write(copy: Copy, path: Path) -> None:
+async def _write(copy: Copy, path: Path) -> None:
     staged = path.with_name(f"{path.name}.new")
     staged.unlink(missing_ok=True)
     fd = os.open(staged, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
-        copy.write(fd)
+        await copy.write(fd)
     finally:
         os.close(fd)
     staged.rename(path)

@@ -18,8 +18,8 @@ from innkeeper.operations.vm_create import discard_folder, forget
 from innkeeper.plan.chain import file_name
 from innkeeper.plan.rebirth import before_capture, forms
 from innkeeper.plan.waiting import HELLO, WAIT
+from innkeeper.qemu import aside
 from innkeeper.qemu.agent_exec import capture as run_in_guest
-from innkeeper.qemu.ram import find_all
 from innkeeper.store.contract import Value
 
 PATIENCE = 20.0
@@ -81,7 +81,7 @@ async def capture(ctx: Context) -> None:
     identity, qemu = vm["identity"], world.qemu
     ctx.report(None, "looking through its memory")
     with (workspace / "ram").open("rb") as ram:
-        uuid_at = await asyncio.to_thread(find_all, ram.fileno(), forms(identity["uuid"]))
+        uuid_at = await aside.find(ram.fileno(), forms(identity["uuid"]))
     ctx.data["image_fields"] = {
         "kind": "warm", "files": files, "format": "qcow2", "virtual_size": image["virtual_size"], "user": image["user"],
         "agent": image["agent"], "cloud_init": image["cloud_init"], "min_memory": image["min_memory"],

@@ -33,10 +33,12 @@ from typing import TypeVar
 import structlog
 
 from innkeeper.base.errors import QemuFailed
+from innkeeper.base.priority import LAST
 from innkeeper.base.units import MIB
+from innkeeper.qemu import aside
 from innkeeper.qemu.monitor import Monitor
 from innkeeper.qemu.picture import Picture
-from innkeeper.qemu.ram import NAME, SEALS, copy_sparse, extents
+from innkeeper.qemu.ram import NAME, SEALS, extents
 
 log = structlog.get_logger()
 
@@ -47,8 +49,6 @@ MOST = 2 * MIB
 WORKERS = 2
 """Threads that copy: two are as fast as the memory of most hosts."""
 REPORT_EVERY = 0.2
-LAST = 19
-"""The lowest priority there is (setpriority(2)); on Linux each thread has one."""
 _PROCESS_MADVISE, _COLLAPSE = 440, 25
 """process_madvise(2), which glibc has since 2.36; MADV_COLLAPSE."""
 _IN_USE = bytes(int(flags >= 0x40) for flags in range(256))
@@ -183,10 +183,13 @@ class Copy:
         fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, SEALS)
         return os.dup(self.fd)
 
-    def write(self, target: int) -> None:
-        """Into a file, which is on the host's disk then."""
-        copy_sparse(self.fd, target, self.size)
-        os.fsync(target)
+    async def find(self, patterns: Sequence[bytes]) -> list[tuple[int, int]]:
+        """(offset, index of the pattern) of every place that holds one of `patterns`. Raises `OSError`."""
+        return await aside.find(self.fd, patterns)
+
+    async def write(self, target: int) -> None:
+        """Into a file, which is on the host's disk then. Raises `OSError`."""
+        await aside.write(self.fd, self.size, target)
 
     def _unmap(self) -> None:
         if self._map is not None:

@@ -27,6 +27,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from innkeeper.base.priority import step_back
+
 PATIENCE = 0.25
 """Seconds in which the thread comes to where it waits: it stands still for less when it does."""
 POLL = 0.0005
@@ -69,9 +71,6 @@ class Registers(ctypes.Structure):
         for name, value in values.items():
             setattr(new, name, value)
         return new
-
-
-LAST = 19
 
 
 class _Vector(ctypes.Structure):
@@ -216,14 +215,6 @@ def _end(child: int) -> None:
         os.kill(child, signal.SIGKILL)
         while os.WIFSTOPPED(os.waitpid(child, _ALL_THREADS)[1]):
             pass
-
-
-def step_back() -> None:
-    """Whatever it does, others go first: setpriority(2); sched(7) of sessions, each of which gets as much as another,
-    however its threads have it among themselves."""
-    os.setpriority(os.PRIO_PROCESS, 0, LAST)
-    with contextlib.suppress(OSError):
-        Path("/proc/self/autogroup").write_text(str(LAST))
 
 
 def read(child: int, file: str, offset: int, address: int, size: int) -> None:
