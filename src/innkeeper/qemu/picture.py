@@ -13,6 +13,7 @@ import platform
 import sys
 from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
+from time import monotonic
 
 from innkeeper.base.child import start_child
 from innkeeper.base.errors import QemuFailed
@@ -21,6 +22,9 @@ ALLOWED = 10.0
 """Seconds that the tracer gets for its start, and for its end."""
 AT_ONCE = 2.0
 """Seconds that it gets while the process stands still."""
+
+ENDS, POLL = 1.0, 0.01
+"""Seconds in which a child ends whose tracer was killed; between two looks."""
 
 
 class Picture:
@@ -103,5 +107,7 @@ class Picture:
         assert self._tracer.stdout is not None
         _, _, unheard = (await self._tracer.stdout.read()).decode().strip().rpartition("\n")
         if child := self.pid or (int(unheard) if unheard.isdigit() else 0):
+            deadline = monotonic() + ENDS
             with suppress(ChildProcessError):  # it is ours to reap if the process is
-                os.waitpid(child, os.WNOHANG)  # noqa: ASYNC222 - it does not wait
+                while os.waitpid(child, os.WNOHANG)[0] == 0 and monotonic() < deadline:  # noqa: ASYNC110, ASYNC222 - at once
+                    await asyncio.sleep(POLL)
