@@ -38,6 +38,7 @@ from innkeeper.base.units import MIB
 from innkeeper.qemu import aside
 from innkeeper.qemu.monitor import Monitor
 from innkeeper.qemu.picture import Picture
+from innkeeper.qemu.process_memory import Vector, move, readv, writev
 from innkeeper.qemu.ram import NAME, SEALS, extents
 
 log = structlog.get_logger()
@@ -144,7 +145,7 @@ class Copy:
         runs meanwhile, and goes first; else it waits."""
         assert self._map is not None
         todo, has = await self._look(pid)
-        await _move(_libc.process_vm_readv, pid, self._map, todo, progress)
+        await _move(readv, pid, self._map, todo, progress)
         gone = int.from_bytes(self._had, "big") & ~int.from_bytes(has, "big")
         for begin, end in _runs(gone.to_bytes(len(has), "big")):
             self._map.madvise(mmap.MADV_REMOVE, begin, end - begin)
@@ -167,7 +168,7 @@ class Copy:
                 pages = in_use(self._pid, region)
                 for at in range(-region.address % HUGE, region.size - HUGE + 1, HUGE):
                     if pages.count(1, at // PAGE, (at + HUGE) // PAGE) == HUGE // PAGE:
-                        part = _Vector(region.address + at, HUGE)
+                        part = Vector(region.address + at, HUGE)
                         done = _libc.syscall(_PROCESS_MADVISE, process, ctypes.byref(part), 1, _COLLAPSE, 0)
                         if done < 0 and ctypes.get_errno() not in (errno.EAGAIN, errno.EBUSY):
                             return
@@ -199,8 +200,10 @@ class Copy:
     async def close(self) -> None:
         """Let go of it, unless it is sealed and in use elsewhere."""
         self._unmap()
-        os.close(self.fd)
-        await self._drop_picture()
+        try:
+            await self._drop_picture()  # its tracer opens `fd` by number: that must not be another file's by then
+        finally:
+            os.close(self.fd)
 
 
 @contextmanager
@@ -217,7 +220,7 @@ async def put(pid: int, region: Region, file: int, offset: int, progress: Progre
     held = [(max(begin, offset), end) for begin, end in extents(file, offset + region.size)]
     todo = [(at, region.address + at - offset, length) for at, length in _pieces(held)]
     with mmap.mmap(file, offset + region.size, access=mmap.ACCESS_COPY) as source:
-        await _move(_libc.process_vm_writev, pid, source, todo, progress)
+        await _move(writev, pid, source, todo, progress)
 
 
 def in_use(pid: int, region: Region, of: int = 0) -> bytes:
@@ -278,17 +281,7 @@ def _of_file(pid: int, region: Region) -> list[tuple[int, int]]:
     return []
 
 
-class _Vector(ctypes.Structure):
-    """`struct iovec` (process_vm_readv(2))."""
-
-    _fields_ = (("base", ctypes.c_void_p), ("length", ctypes.c_size_t))
-
-
 _libc = ctypes.CDLL(None, use_errno=True)
-for _call in (_libc.process_vm_readv, _libc.process_vm_writev):
-    _vectors = ctypes.POINTER(_Vector), ctypes.c_ulong
-    _call.argtypes = [ctypes.c_int, *_vectors, *_vectors, ctypes.c_ulong]
-    _call.restype = ctypes.c_ssize_t
 
 
 async def _move(
@@ -304,13 +297,11 @@ async def _move(
                 offset, address, length = left.popleft()
             except IndexError:
                 return
-            while length:
-                mine, its = _Vector(base + offset, length), _Vector(address, length)
-                moved = call(pid, mine, 1, its, 1, 0)
-                if moved <= 0:
-                    left.clear()
-                    raise _failed(pid, call.__name__, ctypes.get_errno())
-                offset, address, length = offset + moved, address + moved, length - moved
+            try:
+                move(call, pid, base + offset, address, length)
+            except OSError as error:
+                left.clear()
+                raise _failed(pid, call.__name__, error.errno or 0) from None
 
     working = {asyncio.ensure_future((gently if progress else asyncio.to_thread)(work)) for _ in range(WORKERS)}
     try:
@@ -328,7 +319,8 @@ async def _move(
 
 
 async def gently(work: Callable[[], T]) -> T:
-    """In a thread of its own, which takes only the CPU time that nobody else wants: guests run beside it."""
+    """In a thread of its own with the lowest priority; a guest is helped by that where sessions do not count
+    (base/priority.py)."""
 
     def step_back() -> None:
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LAST)

@@ -28,6 +28,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from innkeeper.base.priority import step_back
+from innkeeper.qemu.process_memory import move, readv
 
 PATIENCE = 0.25
 """Seconds in which the thread comes to where it waits: it stands still for less when it does."""
@@ -73,16 +74,7 @@ class Registers(ctypes.Structure):
         return new
 
 
-class _Vector(ctypes.Structure):
-    """`struct iovec` (process_vm_readv(2))."""
-
-    _fields_ = (("base", ctypes.c_void_p), ("length", ctypes.c_size_t))
-
-
 _libc = ctypes.CDLL(None, use_errno=True)
-_libc.process_vm_readv.restype = ctypes.c_ssize_t
-_vectors = ctypes.POINTER(_Vector), ctypes.c_ulong
-_libc.process_vm_readv.argtypes = [ctypes.c_int, *_vectors, *_vectors, ctypes.c_ulong]
 _libc.ptrace.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p]
 _libc.ptrace.restype = ctypes.c_long
 
@@ -224,12 +216,7 @@ def read(child: int, file: str, offset: int, address: int, size: int) -> None:
         into = mmap.mmap(target, size, offset=offset)
     finally:
         os.close(target)
-    base, done = ctypes.addressof(ctypes.c_char.from_buffer(into)), 0
-    while done < size:
-        mine, its = _Vector(base + done, size - done), _Vector(address + done, size - done)
-        if (moved := _libc.process_vm_readv(child, mine, 1, its, 1, 0)) <= 0:
-            raise OSError(ctypes.get_errno(), f"process_vm_readv: {os.strerror(ctypes.get_errno())}")
-        done += moved
+    move(readv, child, ctypes.addressof(ctypes.c_char.from_buffer(into)), address, size)
 
 
 def main(pid: int, regions: Sequence[tuple[int, int]]) -> None:
