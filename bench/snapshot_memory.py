@@ -5,8 +5,10 @@
 
 A guest's own clock stands still with it, so the host watches: the guest prints without a pause to its serial console,
 and what counts is the longest time in which its log does not grow, from just before the snapshot until just after it.
-Beside it, what no snapshot can go below: the same guest left alone, and one that gets QMP's `stop` and `cont` with
-nothing in between; and QEMU's own background-snapshot, which Innkeeper does not use (qemu/guest_memory.py).
+Of ours that is the time without output around the moment at which QEMU says that the guest stood still. The rest of the
+snapshot is made beside a guest that runs: the longest gap in all of it is told on a line of its own, and that of the
+same guest left alone for as long. Beside it, what no snapshot can go below: QMP's `stop` and `cont` with nothing in
+between; and QEMU's own background-snapshot, which Innkeeper does not use (qemu/guest_memory.py).
 """
 
 from __future__ import annotations
@@ -40,11 +42,20 @@ DOMAIN = """<domain type='{kind}'><name>{name}</name><memory unit='MiB'>1024</me
 
 
 class Watch:
-    """The longest time, in seconds, in which a file does not change."""
+    """The times in which a file does not change, as (Unix time of the beginning, seconds)."""
 
     def __init__(self, log: Path) -> None:
-        self._log, self._over, self.longest = log, threading.Event(), 0.0
+        self._log, self._over = log, threading.Event()
+        self._gaps: list[tuple[float, float]] = []
         self._thread = threading.Thread(target=self._look)
+
+    @property
+    def longest(self) -> float:
+        return max(seconds for _, seconds in self._gaps)
+
+    def around(self, begin: float, end: float) -> float:
+        """The longest that has a moment with this time in common."""
+        return max(seconds for since, seconds in self._gaps if since <= end and since + seconds >= begin)
 
     def __enter__(self) -> Watch:
         self._thread.start()
@@ -56,10 +67,11 @@ class Watch:
         self._thread.join()
 
     def _look(self) -> None:
-        size, since = self._log.stat().st_size, time.perf_counter()
+        size, since = self._log.stat().st_size, time.time()
         while not self._over.is_set():
-            now, at = self._log.stat().st_size, time.perf_counter()
-            self.longest = max(self.longest, at - since)
+            now, at = self._log.stat().st_size, time.time()
+            if now != size or at - since > 0.1:
+                self._gaps.append((since, at - since))
             if now != size:
                 size, since = now, at
             time.sleep(0.001)
@@ -222,16 +234,21 @@ def background(daemon, vm, log: Path) -> list[float]:
 
 def measure(ours, log: Path, theirs: Theirs, bare: list[float]) -> None:
     pauses: dict[str, list[float]] = {"stop and cont": bare, "nothing": [], "ours": [], "said": [], "theirs": []}
+    longest, took = [], 5.0
     for _ in range(RUNS):
         virsh("suspend", NAME)
         time.sleep(1)
         with Watch(log) as watch:
-            time.sleep(1)
+            time.sleep(took)
         pauses["nothing"].append(watch.longest)
         with Watch(log) as watch:
+            begun = time.perf_counter()
             found = ours.snapshots.create(memory=True).wait().result
-        pauses["ours"].append(watch.longest)
-        pauses["said"].append(found["memory"]["pause"])
+            took = time.perf_counter() - begun
+        at, pause = found["memory"]["at"], found["memory"]["pause"]
+        pauses["ours"].append(watch.around(at, at + pause))
+        pauses["said"].append(pause)
+        longest.append(watch.longest)
         ours.snapshots.delete(found["snapshot"]).wait()
         ours.pause()
         virsh("resume", NAME)
@@ -241,7 +258,11 @@ def measure(ours, log: Path, theirs: Theirs, bare: list[float]) -> None:
         pauses["theirs"].append(watch.longest)
         ours.resume()
     shown = {name: f"{median(found) * 1000:.0f} ms" for name, found in pauses.items()}
-    print(f"QEMU itself says {shown['said']}; without any snapshot: {shown['nothing']}")
+    print(f"QEMU itself says {shown['said']}")
+    print(
+        f"the longest gap from beginning to end, {took:.0f} s: {median(longest) * 1000:.0f} ms; "
+        f"without any snapshot in as much time: {shown['nothing']}"
+    )
     print(f"with a bare stop and cont: {shown['stop and cont']}")
     print({name: [round(value * 1000) for value in found] for name, found in pauses.items()})
     say(

@@ -57,6 +57,22 @@ def test_behind_the_nat_of_qemu_its_address_stays_without_dhcp(lab):
         assert place(lab, name) == (NAT, "fixed")
 
 
+def test_it_asks_for_the_time_of_day_later(lab):
+    lab.inn.fork("debian-12", name="early")
+    assert says(
+        lab, "early", "systemctl is-enabled systemd-timesyncd; systemctl is-active systemd-timesyncd"
+    ).split() == [
+        "enabled",
+        "inactive",
+    ]
+    (timer,) = says(lab, "early", "systemctl list-timers --no-legend 'run-*' --no-pager").splitlines()
+    assert "min left" in timer
+    unit = timer.split()[-1]
+    assert "start systemd-timesyncd.service" in says(lab, "early", f"systemctl show -p ExecStart {unit}").replace(
+        " ; ", " "
+    )
+
+
 def test_in_a_network_it_has_its_own_at_once_and_keeps_it(lab):
     for parent, name, network in (("debian-12", "two", "lab"), ("two", "two-more", "other"), ("one", "moved", "lab")):
         lab.inn.fork(parent, name=name, network=network)

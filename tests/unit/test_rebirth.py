@@ -100,7 +100,7 @@ def test_what_waits_does_what_it_is_told(tmp_path):
     kept.flush()
     kept.seek(0)
     loop = _program()
-    loop = loop[loop.index("my ($text, $at, $call)") : loop.index("sleep ")]
+    loop = loop[loop.index("my ($text, $at, $call)") : loop.index("sleep;")]
     begin = f'my @said; sub settle {{ push @said, "@_: no\\n" }} open(my $port, "+<&=", {port.fileno()});\n{loop}'
     process = subprocess.Popen(["perl", "-we", begin], pass_fds=[port.fileno(), kept.fileno()])
     told, text = Calls(), b"new\n\0" * 9000

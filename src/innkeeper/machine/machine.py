@@ -90,7 +90,8 @@ class Machine:
         self._uuid = ""
         self.stood_still = 0.0
         """Seconds between the last STOP and RESUME, by QEMU's clock."""
-        self._stopped_at = 0.0
+        self.stopped_at = 0.0
+        """When that STOP was (Unix time)."""
         self.recorded = asyncio.Event()
         """The state that QEMU was found in is in the store."""
         self.over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -198,9 +199,9 @@ class Machine:
                 data = event.get("data", {})
                 at = event["timestamp"]["seconds"] + event["timestamp"]["microseconds"] / 1e6
                 if event["event"] == "RESUME":
-                    self.stood_still = at - self._stopped_at
+                    self.stood_still = at - self.stopped_at
                 if event["event"] == "STOP":
-                    self._stopped_at = at
+                    self.stopped_at = at
                     data = {} if self.status.pausing else await monitor.execute("query-status")
                 await self._effects(react(self.status, event["event"], data, disc=self.disc))
 

@@ -8,6 +8,7 @@ no file. What one daemon copied is lost to the next: then there is no snapshot.
 
 from __future__ import annotations
 
+import asyncio
 import os
 import secrets
 import time
@@ -94,8 +95,11 @@ async def capture(ctx: Context, vm: Value, machine: Machine, ready: Deed, freeze
             await ready()
             ctx.data["switching"] = True
             await hold(ctx, machine)
-            await freeze()
-            await machine.save_state(copy, devices)
+            freezing = asyncio.ensure_future(freeze())  # at the same time: the guest waits
+            try:
+                await machine.save_state(copy, devices)
+            finally:
+                await freezing
             await release(ctx)
             saved = devices.state(vm["identity"]["machine_type"])
         await copy.finish(progress)
@@ -114,8 +118,8 @@ async def capture(ctx: Context, vm: Value, machine: Machine, ready: Deed, freeze
     live = await world.store.get(f"live/{vm['id']}")
     argv = live.value["argv"] if live else []
     ctx.data["memory"] = {
-        "size": stored, "parts": parts, "pause": round(machine.stood_still, 4), "agent": machine.status.agent,
-        "uuid_at": uuid_at, "seed": await seed_of(world, vm),
+        "size": stored, "parts": parts, "at": machine.stopped_at, "pause": round(machine.stood_still, 4),
+        "agent": machine.status.agent, "uuid_at": uuid_at, "seed": await seed_of(world, vm),
         "as_fork": any('"free-page-reporting":false' in each for each in argv),
         "nat": with_nat(argv),
     }  # fmt: skip
