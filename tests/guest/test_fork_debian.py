@@ -59,18 +59,12 @@ def test_behind_the_nat_of_qemu_its_address_stays_without_dhcp(lab):
 
 def test_it_asks_for_the_time_of_day_later(lab):
     lab.inn.fork("debian-12", name="early")
-    assert says(
-        lab, "early", "systemctl is-enabled systemd-timesyncd; systemctl is-active systemd-timesyncd"
-    ).split() == [
-        "enabled",
-        "inactive",
-    ]
+    states = says(lab, "early", "for what in is-enabled is-active; do systemctl $what systemd-timesyncd; done; true")
+    assert states.split() == ["enabled", "inactive"]
     (timer,) = says(lab, "early", "systemctl list-timers --no-legend 'run-*' --no-pager").splitlines()
     assert "min left" in timer
-    unit = timer.split()[-1]
-    assert "start systemd-timesyncd.service" in says(lab, "early", f"systemctl show -p ExecStart {unit}").replace(
-        " ; ", " "
-    )
+    command = says(lab, "early", f"systemctl show -p ExecStart {timer.split()[-1]}")
+    assert "start systemd-timesyncd.service" in command
 
 
 def test_in_a_network_it_has_its_own_at_once_and_keeps_it(lab):

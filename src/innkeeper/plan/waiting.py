@@ -22,9 +22,10 @@ from innkeeper.plan.rebirth import CONFIGURATIONS, DONE, NAT, NETWORKD, Place, R
 
 PORT = "org.innkeeper.rebirth.0"
 HELLO = "innkeeper-waits"
-"""The last line of what it tells before the capture."""
+"""The last line of what it tells before the capture, and what it calls itself among the guest's processes."""
 LARGEST = 16384
 """Bytes of a file that tells a card by its MAC address, at most; a larger one stays as it is."""
+
 _SETTLE, _ANEW = 0, 2
 """No system calls: put a card into its place; once the answer is given, have systemd-networkd read its files anew."""
 
@@ -104,7 +105,7 @@ sub settle {{
   if (my $off = $ipv6{{$nic}}) {{ sysseek($off, 0, 0) && syswrite($off, $_) for 1, 0 }}
   if ($resolvers) {{ truncate($resolvers, 0); syswrite($resolvers, "search $domain\nnameserver $resolver\n") }}
 }}
-$0 = "innkeeper-waits";
+$0 = "{HELLO}";
 # Nobody who notices what it does shall have his turn before it has answered: SCHED_FIFO, or at least nice -20.
 my $first = pack("i", 1);
 syscall(144, 0, 1, $first) == 0 or syscall(141, 0, 0, -20);
