@@ -95,7 +95,7 @@ async def load(monitor: Monitor, state: bytes, *, saved: bool = False) -> None:
     try:
         os.write(fd, without_announcing(state))
         os.lseek(fd, 0, os.SEEK_SET)
-        # All at once: QEMU does them in this order, and what fails makes the loading fail.
+        # Asked for at once: QEMU does them in this order, and what fails makes the loading fail.
         await asyncio.gather(
             *([_ignore_shared(monitor)] if saved else []),
             monitor.execute("migrate-set-parameters", {"announce-rounds": 0}),

@@ -17,6 +17,8 @@ from innkeeper.qemu.sockets import connect
 
 CONNECT_POLL = 0.002
 """Seconds between two looks for the socket of a QEMU that is just starting (it takes about 40 ms to appear)."""
+ALLOWED = 30.0
+"""Seconds for an answer."""
 
 
 class Monitor:
@@ -25,6 +27,8 @@ class Monitor:
     def __init__(self, client: QMPClient, listener: EventListener) -> None:
         self._client = client
         self._listener = listener
+        self._may_send = asyncio.Event()
+        self._may_send.set()
 
     @staticmethod
     async def connect(folder: Path, seconds: float = 10.0) -> Monitor:
@@ -61,8 +65,12 @@ class Monitor:
     def connected(self) -> bool:
         return self._client.runstate == Runstate.RUNNING
 
-    async def execute(self, command: str, arguments: dict[str, Any] | None = None, seconds: float = 30.0) -> Any:
+    async def execute(self, command: str, arguments: dict[str, Any] | None = None, seconds: float = ALLOWED) -> Any:
         """The command's return value. Raises `QmpFailed` when QEMU refuses or takes too long, `QemuGone` when it is."""
+        await self._turn()
+        return await self._ask(command, arguments, seconds)
+
+    async def _ask(self, command: str, arguments: dict[str, Any] | None, seconds: float) -> Any:
         try:
             async with asyncio.timeout(seconds):
                 return await self._client.execute(command, arguments)
@@ -75,19 +83,29 @@ class Monitor:
 
     async def give(self, name: str, fd: int) -> None:
         """Let QEMU have a copy of `fd` under a name, for the one command that uses it (`getfd`)."""
-        self._send(fd)
-        await self.execute("getfd", {"fdname": name})
+        await self._hand_over(fd, "getfd", {"fdname": name})
 
     async def add(self, fd: int) -> int:
         """Let QEMU have a copy of `fd` as the file /dev/fdset/N, and give N; `remove-fd` takes it away."""
-        self._send(fd)
-        return int((await self.execute("add-fd"))["fdset-id"])
+        return int((await self._hand_over(fd, "add-fd"))["fdset-id"])
 
-    def _send(self, fd: int) -> None:
+    async def _hand_over(self, fd: int, command: str, arguments: dict[str, Any] | None = None) -> Any:
+        """Nothing else is sent until QEMU has it. Its main thread takes the descriptor from the socket's list while
+        another thread reads what comes next, and walks that list without a lock: a segfault now and then (7.2,
+        chardev/char-socket.c: tcp_get_msgfds, tcp_chr_recv)."""
+        await self._turn()
+        self._may_send.clear()
         try:
             self._client.send_fd_scm(fd)
+            return await self._ask(command, arguments, ALLOWED)
         except (QMPError, OSError) as error:
             raise QmpFailed(f"QEMU did not take a descriptor: {error}") from None
+        finally:
+            self._may_send.set()
+
+    async def _turn(self) -> None:
+        while not self._may_send.is_set():
+            await self._may_send.wait()
 
     async def events(self) -> AsyncIterator[dict[str, Any]]:
         """Events as QEMU sends them, until the connection ends."""
