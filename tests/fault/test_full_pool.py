@@ -40,6 +40,7 @@ def test_a_full_pool_loses_nothing(name, free):
             assert operation is not None and not house.dead
             house.settle()
             failed = operation.state == "failed"
+            assert "crashed" not in {vm["state"] for vm in house.inn.vms()}, house.log()[-3000:]
             if failed:
                 error = operation.error
                 known = ("free and this needs", "No space left")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from innkeeper.base.errors import Conflict, InnkeeperError, QmpFailed
@@ -20,6 +21,8 @@ from innkeeper.plan.chain import Chain, node_name
 from innkeeper.plan.snapshot import Drop, Join, lineage, unneeded
 from innkeeper.qemu import blocks
 from innkeeper.qemu.offline import opened
+from innkeeper.storage.formats.qcow2 import CLUSTER
+from innkeeper.storage.room import reserve
 from innkeeper.store.contract import Value
 
 LAST_WORDS = 3.0
@@ -97,9 +100,14 @@ async def _merge(ctx: Context, merge: dict[str, Any]) -> None:
     """The work itself, in whichever QEMU. One that ends in the middle, as guests do, leaves things as they were: the
     next attempt plans anew."""
     machine = ctx.world.machines.get(ctx.target["id"]) if merge["live"] else None
+    files = await _absolute(ctx, merge["top"])
+    job = _job(merge, files)
+    if (named := _told_anew(job, files)) is not None:
+        # QEMU 7.2 dies when it cannot write that (block/commit.c, commit_abort), and takes the guest with it.
+        reserve(named, CLUSTER)
     if machine is not None:
         try:
-            await _run(ctx, merge, machine, await _absolute(ctx, merge["top"]))
+            await _run(ctx, job, machine)
         except QmpFailed:
             await asyncio.wait({machine.over}, timeout=LAST_WORDS)
             if ctx.world.machines.get(ctx.target["id"]) is not None:
@@ -110,19 +118,16 @@ async def _merge(ctx: Context, merge: dict[str, Any]) -> None:
             await release(ctx)
             return
     else:
-        world, files = ctx.world, await _absolute(ctx, merge["top"])
+        world = ctx.world
         vm, host = await world.find("vm", ctx.target["id"]), await world.host_with_qemu()
         assert host.qemu is not None
         async with opened(host.qemu.path, files, vm["identity"]["uid"]) as monitor:
-            job = _job(merge, files)
             await blocks.begin(monitor, job)
             await blocks.conclude(monitor, job, _nobody, _reporter(ctx))
     await _settle(ctx, merge)
 
 
-async def _run(ctx: Context, merge: dict[str, Any], machine: Machine, files: Chain) -> None:
-    job = _job(merge, files)
-
+async def _run(ctx: Context, job: blocks.Merge, machine: Machine) -> None:
     async def still() -> None:
         await hold(ctx, machine)
 
@@ -163,6 +168,14 @@ def _job(merge: dict[str, Any], files: Chain) -> blocks.Merge:
         down=merge["down"],
         backing=backing,
     )
+
+
+def _told_anew(job: blocks.Merge, files: Chain) -> Path | None:
+    """The file in whose head the job writes what it stands on from now on."""
+    if job.active or not job.backing:
+        return None
+    names = [layer.node for layer in files]
+    return Path(files[names.index(job.upper) + (1 if job.down else 0)].path)
 
 
 async def _settle(ctx: Context, merge: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
@@ -20,3 +21,17 @@ def pool_full(folder: Path, what: str, room: int | None = None) -> PoolFull:
     """The error that says what there is no room for, and how much there is."""
     left = room_for(folder) if room is None else room
     return PoolFull(f"{what}; {format_size(left)} may be used in {folder}", free=left)
+
+
+def reserve(path: Path, size: int) -> None:
+    """Have the first `size` bytes of a file on the disk, so that they can be written when the pool is full; what they
+    hold stays. Raises `PoolFull`, `OSError`."""
+    fd = os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        os.posix_fallocate(fd, 0, size)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise pool_full(path.parent, f"no room for the head of {path.name}") from error
+        raise
+    finally:
+        os.close(fd)
