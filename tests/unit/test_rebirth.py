@@ -48,11 +48,21 @@ def _program() -> str:
     return program
 
 
-TOLD = [
+OLDER = [
     "pool 3", "called 4", "name 5", "machine-id 6", "hosts 7 6120 0a62", "private 8", "public 9", "sshd 77",
     f"card 10 {b'eth0'.hex()} {MACS[0][0].encode().hex()}", f"card 10 {b'lo'.hex()} {b'00:00:00:00:00:00'.hex()}",
     f"naming 11 {f'mac: {MACS[0][0]}, 52:54:00:00:00:09'.encode().hex()}",
 ]  # fmt: skip
+"""What waits in a guest that was captured by a version that told no sizes."""
+SIZES = {"pool": 0, "called": 0, "name": 9, "machine-id": 33, "hosts": 20, "private": 3, "public": 100, "naming": 41}
+
+
+def with_size(line: str) -> str:
+    kind, file, *more = line.split(" ")
+    return " ".join([kind, file, *([str(SIZES[kind]).encode().hex()] if kind in SIZES else []), *more])
+
+
+TOLD = [with_size(line) for line in OLDER]
 
 
 def records(message: bytes) -> list[tuple[int, int, int, bytes]]:
@@ -66,14 +76,22 @@ def records(message: bytes) -> list[tuple[int, int, int, bytes]]:
     return found
 
 
-def test_what_waits_is_told_system_calls():
-    found = records(calls(TOLD, WHO).message())
+@pytest.mark.parametrize(
+    ("told", "cut"),
+    [
+        (TOLD, [(5, 4), (9, 22), (7, 17)]),
+        (OLDER, [(5, 0), (6, 0), (8, 0), (9, 0), (7, 0), (11, 0)]),
+    ],
+)
+def test_what_waits_is_told_system_calls(told, cut):
+    """A file is made shorter where it is longer; one of unknown size is emptied first."""
+    found = records(calls(told, WHO).message())
     written = {file: data for what, file, number, data in found if what == 1 and number == len(data)}
     assert written == {
         4: b"web", 5: b"web\n", 6: b"0" * 32 + b"\n", 7: b"a 127.0.1.1 web\nb", 8: b"PRIVATE'\nKEY\n",
         9: b"ssh-ed25519 AAAA it's\n", 11: f"mac: {MACS[0][1]}, 52:54:00:00:00:09".encode(),
     }  # fmt: skip
-    assert [file for what, file, *_ in found if what == 77] == [5, 6, 8, 9, 7, 11]
+    assert [(file, number) for what, file, number, _ in found if what == 77] == cut
     assert found[0] == (16, 3, 0x40085203, (512).to_bytes(4, "little") + (64).to_bytes(4, "little") + WHO.seed)
     (mac,) = [data for what, file, _, data in found if (what, file) == (16, 10)]
     assert mac == b"eth0".ljust(16, b"\0") + b"\1\0" + bytes.fromhex(MACS[0][1].replace(":", "")) + bytes(16)
@@ -92,19 +110,20 @@ def test_a_complaint_says_what_it_is_about():
     )
 
 
-def test_what_waits_does_what_it_is_told(tmp_path):
+@pytest.mark.parametrize("text", [b"new\n\0" * 9000, b"new"])
+@pytest.mark.parametrize("known", [True, False])
+def test_what_waits_does_what_it_is_told(tmp_path, text, known):
     """On this host: a socket for a port, a file, and nothing that only a guest has."""
     ours, port = socket.socketpair()
-    kept = (tmp_path / "kept").open("w+")
-    kept.write("what it was before, which is longer")
-    kept.flush()
-    kept.seek(0)
+    kept, before = tmp_path / "kept", b"what it was before, which is longer"
+    kept.write_bytes(before)
+    held = kept.open("r+" if known else "a+")
     loop = _program()
     loop = loop[loop.index("my ($text, $at, $call)") : loop.index("sleep;")]
     begin = f'my @said; sub settle {{ push @said, "@_: no\\n" }} open(my $port, "+<&=", {port.fileno()});\n{loop}'
-    process = subprocess.Popen(["perl", "-we", begin], pass_fds=[port.fileno(), kept.fileno()])
-    told, text = Calls(), b"new\n\0" * 9000
-    told.put("the file", kept.fileno(), text)
+    process = subprocess.Popen(["perl", "-we", begin], pass_fds=[port.fileno(), held.fileno()])
+    told = Calls()
+    told.put("the file", held.fileno(), len(before) if known else None, text)
     told.add("nothing", 1, 999, 1, b"x")
     told.add("", 62, 2**19, 0)
     told.add("", 0, 0, 0, b"eth0,1")
@@ -112,7 +131,7 @@ def test_what_waits_does_what_it_is_told(tmp_path):
     port.close()
     answer = ours.makefile().read()
     assert (process.wait(), told.answer(answer)) == (0, f"nothing: Bad file descriptor\neth0 1: no\n{DONE}\n")
-    assert (tmp_path / "kept").read_bytes() == text
+    assert kept.read_bytes() == text
 
 
 @pytest.mark.parametrize(("gateway", "way"), [("10.77.0.1", "0a4d0001"), (None, "")])

@@ -38,27 +38,27 @@ sub get {{
 my @open;
 my $told = "";
 sub hold {{
-  my ($what, $file, $mode, $mask, @more) = @_;
+  my ($what, $file, $mask, @more) = @_;
   my $before = umask($mask // 022);
-  my $opened = open(my $to, $mode, $file);
+  my $opened = open(my $to, -e $file ? "+<" : "+>", $file);
   umask($before);
   $opened or return;
   push @open, $to;
-  $told .= join(" ", $what, fileno $to, map {{ unpack "H*", $_ }} @more) . "\n";
+  $told .= join(" ", $what, fileno $to, map {{ unpack "H*", $_ }} -s $to || 0, @more) . "\n";
 }}
 sub files {{
   my ($folder) = @_;
   opendir(my $all, $folder) or return;
   grep {{ -f && -s _ <= {LARGEST} }} map {{ "$folder/$_" }} readdir $all;
 }}
-hold("pool", "/dev/urandom", "+<");
-hold("called", "/proc/sys/kernel/hostname", "+<");
-hold("name", "/etc/hostname", "+>>");
--f && !-l and hold("machine-id", $_, "+>>") for "/etc/machine-id", "/var/lib/dbus/machine-id";
+hold("pool", "/dev/urandom");
+hold("called", "/proc/sys/kernel/hostname");
+hold("name", "/etc/hostname");
+-f && !-l and hold("machine-id", $_) for "/etc/machine-id", "/var/lib/dbus/machine-id";
 my @hosts = split(/^127\.0\.1\.1.*/m, get("/etc/hosts"), -1);
-hold("hosts", "/etc/hosts", "+>>", undef, @hosts) if @hosts > 1;
+hold("hosts", "/etc/hosts", undef, @hosts) if @hosts > 1;
 my $key = "/etc/ssh/ssh_host_ed25519_key";
-if (-d "/etc/ssh") {{ hold("private", $key, "+>>", 077); hold("public", "$key.pub", "+>>") }}
+if (-d "/etc/ssh") {{ hold("private", $key, 077); hold("public", "$key.pub") }}
 get("/run/sshd.pid") =~ /^(\d+)/ and $told .= "sshd $1\n";
 my $resolvers;
 -f "/etc/resolv.conf" && !-l "/etc/resolv.conf" and open($resolvers, "+>>", "/etc/resolv.conf");
@@ -75,7 +75,7 @@ opendir(my $dropped, "{NETWORKD}");
 my @folders = map {{ "{NETWORKD}/$_" }} grep {{ /\.d$/ }} $dropped ? readdir $dropped : ();
 for my $file (map {{ files($_) }} qw({" ".join(CONFIGURATIONS)}), @folders) {{
   my $text = get($file);
-  hold("naming", $file, "+>>", undef, $text) if grep {{ index($text, $_) >= 0 }} keys %nic_with;
+  hold("naming", $file, undef, $text) if grep {{ index($text, $_) >= 0 }} keys %nic_with;
 }}
 my ($again, @said);
 sub card {{
@@ -162,10 +162,15 @@ class Calls:
         self._records.append(b"%4d%6d%12d%6d%b" % (what, file, number, len(data), data))
         self._good_for.append(good_for)
 
-    def put(self, good_for: str, file: int, text: bytes) -> None:
-        """All that a file holds from now on."""
-        self.add(good_for, _TRUNCATE, file)
+    def put(self, good_for: str, file: int, size: int | None, text: bytes) -> None:
+        """All that a file holds from now on, which has this size. What fits is written over what is there: making a
+        file empty first is a lot of the guest's file system. None: the one that waits is of an older version, which
+        writes at the end."""
+        if size is None:
+            self.add(good_for, _TRUNCATE, file)
         self.add(good_for, _WRITE, file, len(text), text)
+        if size is not None and size > len(text):
+            self.add(good_for, _TRUNCATE, file, len(text))
 
     def message(self) -> bytes:
         """What is written to the port."""
@@ -190,39 +195,39 @@ def calls(told: Sequence[str], who: Rebirth) -> Calls:
     held = _read(told)
     made, new = Calls(), dict(who.nics)
     noise = pack("ii", 8 * len(who.seed), len(who.seed)) + who.seed
-    for file, _ in held.get("pool", ()):
+    for file, _, _ in held.get("pool", ()):
         made.add("the random pool", _IOCTL, file, _RNDADDENTROPY, noise)
         made.add("the random pool", _IOCTL, file, _RNDRESEEDCRNG, bytes(8))
     for what, text in (
         ("name", f"{who.name}\n"), ("machine-id", f"{who.machine_id}\n"),
         ("private", f"{who.host_key.private.strip()}\n"), ("public", f"{who.host_key.public.strip()}\n"),
     ):  # fmt: skip
-        for file, _ in held.get(what, ()):
-            made.put(_FILES[what], file, text.encode())
-    for file, parts in held.get("hosts", ()):
-        made.put("/etc/hosts", file, f"127.0.1.1 {who.name}".encode().join(parts))
+        for file, size, _ in held.get(what, ()):
+            made.put(_FILES[what], file, size, text.encode())
+    for file, size, parts in held.get("hosts", ()):
+        made.put("/etc/hosts", file, size, f"127.0.1.1 {who.name}".encode().join(parts))
     anew = set()
-    for file, (before, *_) in held.get("naming", ()):
+    for file, size, (before, *_) in held.get("naming", ()):
         after = _renamed(before, new)
         if (old := fixed_card(before)) in new:
             wanted = fixed(new[old], who.places.get(old)).encode()
             if wanted != after:
                 anew.add(old)
                 after = wanted
-        made.put("a file that names a card", file, after)
+        made.put("a file that names a card", file, size, after)
     # From here on other programs notice, and have work to do.
-    for file, (nic, mac, *_) in sorted(held.get("card", ()), key=lambda card: card[1]):
+    for file, _, (nic, mac, *_) in sorted(held.get("card", ()), key=lambda card: card[2]):
         if mine := new.get(old := mac.decode(errors="replace")):
             hardware = pack("16sH6s16x", nic, _ETHERNET, bytes.fromhex(mine.replace(":", "")))
             made.add(f"the MAC address of {nic.decode(errors='replace')}", _IOCTL, file, _SIOCSIFHWADDR, hardware)
             place = who.places.get(old)
             if place and (place != NAT or old in anew):
                 made.add("", _SETTLE, 0, 0, b"%b,%b" % (nic, _words(place).encode()))
-    for file, _ in held.get("called", ()):
+    for file, _, _ in held.get("called", ()):
         made.add("the hostname", _WRITE, file, len(who.name), who.name.encode())
     now = pack("qq", int(who.seconds), int(who.seconds % 1 * 1e9))
     made.add("the clock", _SET_CLOCK, _CLOCK_REALTIME, 0, now)
-    for pid, _ in held.get("sshd", ()):
+    for pid, _, _ in held.get("sshd", ()):
         made.add("", _KILL, pid, _HUP)
     if anew:
         made.add("", _ANEW, 0)
@@ -241,15 +246,17 @@ _FIELDS = {"naming": 1, "card": 2}
 """Of which kinds there is something to be known besides the descriptor: how many fields."""
 
 
-def _read(told: Sequence[str]) -> dict[str, list[tuple[int, list[bytes]]]]:
-    """By kind: a descriptor (or a pid), and what else there is to it. The guest wrote it: what makes no sense is left
-    out."""
-    held: dict[str, list[tuple[int, list[bytes]]]] = {}
+def _read(told: Sequence[str]) -> dict[str, list[tuple[int, int | None, list[bytes]]]]:
+    """By kind: a descriptor (or a pid), the size of the file in bytes, and what else there is to it. The guest wrote
+    it: what makes no sense is left out."""
+    held: dict[str, list[tuple[int, int | None, list[bytes]]]] = {}
     for line in told:
         if re.fullmatch(r"[a-z-]+ \d{1,6}( ([0-9a-f]{2})*)*", line):
-            kind, file, *more = line.split(" ")
+            kind, file, *fields = line.split(" ")
+            more = [bytes.fromhex(field) for field in fields]
+            size = int(more.pop(0)) if more and re.fullmatch(rb"[0-9]{1,9}", more[0]) else None
             if len(more) >= _FIELDS.get(kind, 0):
-                held.setdefault(kind, []).append((int(file), [bytes.fromhex(field) for field in more]))
+                held.setdefault(kind, []).append((int(file), size, more))
     return held
 
 
