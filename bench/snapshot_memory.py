@@ -6,9 +6,10 @@
 A guest's own clock stands still with it, so the host watches: the guest prints without a pause to its serial console,
 and what counts is the longest time in which its log does not grow, from just before the snapshot until just after it.
 Of ours that is the time without output around the moment at which QEMU says that the guest stood still. The rest of the
-snapshot is made beside a guest that runs: the longest gap in all of it is told on a line of its own, and that of the
-same guest left alone for as long. Beside it, what no snapshot can go below: QMP's `stop` and `cont` with nothing in
-between; and QEMU's own background-snapshot, which Innkeeper does not use (qemu/guest_memory.py).
+snapshot is made beside a guest that runs: the longest gap in all of it is told on a line of its own, with that of the
+same guest for as long, left alone, and beside a program of the lowest priority that only computes. Beside it, what no
+snapshot can go below: QMP's `stop` and `cont` with nothing in between; and QEMU's own background-snapshot, which
+Innkeeper does not use (qemu/guest_memory.py).
 """
 
 from __future__ import annotations
@@ -30,6 +31,16 @@ from common import Talk, median, running_daemon, say
 RUNS = next((int(word) for word in sys.argv[1:] if word.isdigit()), 10)
 BUSY = "while :; do dd if=/dev/zero of=/run/busy bs=1M count=400 conv=notrunc 2>/dev/null; done"
 TICK = "exec >/dev/ttyS0; while :; do echo .; done"
+COMPUTE = """
+import os, time
+os.setsid()
+open("/proc/self/autogroup", "w").write("19")
+os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+end = time.monotonic() + {seconds}
+while time.monotonic() < end:
+    pass
+"""
+"""What any program does to a guest that wants all of the CPUs, however modest."""
 NAME = "innkeeper-bench"
 USERFAULTFD = Path("/proc/sys/vm/unprivileged_userfaultfd")
 DOMAIN = """<domain type='{kind}'><name>{name}</name><memory unit='MiB'>1024</memory><vcpu>2</vcpu>
@@ -233,7 +244,14 @@ def background(daemon, vm, log: Path) -> list[float]:
 
 
 def measure(ours, log: Path, theirs: Theirs, bare: list[float]) -> None:
-    pauses: dict[str, list[float]] = {"stop and cont": bare, "nothing": [], "ours": [], "said": [], "theirs": []}
+    pauses: dict[str, list[float]] = {
+        "stop and cont": bare,
+        "nothing": [],
+        "beside": [],
+        "ours": [],
+        "said": [],
+        "theirs": [],
+    }
     longest, took = [], 5.0
     for _ in range(RUNS):
         virsh("suspend", NAME)
@@ -241,6 +259,9 @@ def measure(ours, log: Path, theirs: Theirs, bare: list[float]) -> None:
         with Watch(log) as watch:
             time.sleep(took)
         pauses["nothing"].append(watch.longest)
+        with Watch(log) as watch:
+            subprocess.run([sys.executable, "-c", COMPUTE.format(seconds=took)], check=True)
+        pauses["beside"].append(watch.longest)
         with Watch(log) as watch:
             begun = time.perf_counter()
             found = ours.snapshots.create(memory=True).wait().result
@@ -261,7 +282,8 @@ def measure(ours, log: Path, theirs: Theirs, bare: list[float]) -> None:
     print(f"QEMU itself says {shown['said']}")
     print(
         f"the longest gap from beginning to end, {took:.0f} s: {median(longest) * 1000:.0f} ms; "
-        f"without any snapshot in as much time: {shown['nothing']}"
+        f"without any snapshot in as much time: {shown['nothing']}, "
+        f"beside a program of the lowest priority: {shown['beside']}"
     )
     print(f"with a bare stop and cont: {shown['stop and cont']}")
     print({name: [round(value * 1000) for value in found] for name, found in pauses.items()})
