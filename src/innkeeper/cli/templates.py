@@ -34,7 +34,8 @@ def listed(found: list[dict[str, str]]) -> str:
 
 
 def ls(inn: Innkeeper, args: Namespace) -> int:
-    found = [image for image in inn.images() if image["kind"] == "template"]
+    images = inn.images()
+    found = [image for image in images if image["kind"] == "template"]
     found.sort(key=lambda image: (image["template"]["name"], image["created"]))
     if args.output == "json":
         terminal.emit_json(found)
@@ -43,6 +44,8 @@ def ls(inn: Innkeeper, args: Namespace) -> int:
             terminal.say(image["name"])
     elif not found:
         terminal.note("no templates yet; seal one of a stopped VM: inn template create VM --name T --clean")
+        if any(image["kind"] == "warm" for image in images):
+            terminal.note("  warm images: inn image ls")
     else:
         heads = ("NAME", "VERSION", "SIZE", "STORED", "OF VM", "BY", "AGE", "NOTE")
         terminal.say(terminal.table(heads, [_row(image) for image in found]))
