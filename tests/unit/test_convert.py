@@ -11,12 +11,14 @@ from pathlib import Path
 from secrets import token_bytes, token_hex
 
 import pytest
+from conftest import file_system
 
 from innkeeper.base.errors import ImageUnsafe, InvalidInput, NotFound, PoolFull, ToolFailed
 from innkeeper.storage import convert as convert_module
 from innkeeper.storage import copy as copy_module
 from innkeeper.storage.convert import convert, create_overlay, image_check, room_for, stage
 from innkeeper.storage.formats import inspect, qcow2
+from innkeeper.storage.room import reserve
 
 NOBODY = 65534 if os.geteuid() == 0 else None
 KINDS = {
@@ -319,6 +321,26 @@ async def test_stage_is_cancelled_cleanly(tmp_path: Path, monkeypatch: pytest.Mo
 def test_room_leaves_a_reserve(tmp_path: Path) -> None:
     state = os.statvfs(tmp_path)
     assert 0 <= room_for(tmp_path) < state.f_bavail * state.f_frsize
+
+
+def test_room_is_reserved_in_a_file_that_stays_as_it_is(tmp_path):
+    path = tmp_path / "disk"
+    with path.open("wb") as file:
+        file.write(b"head")
+        file.truncate(1 << 20)
+    reserve(path, 65536)
+    assert 65536 <= path.stat().st_blocks * 512 < 1 << 20
+    assert path.read_bytes() == b"head".ljust(1 << 20, b"\0")
+
+
+@pytest.mark.root
+def test_room_that_is_not_there_is_said_to_be_missing():
+    with file_system("tmpfs", "1M") as pool:
+        path = pool / "disk"
+        path.write_bytes(b"head")
+        with pytest.raises(PoolFull, match="no room for the head of disk"):
+            reserve(path, 2 << 20)
+        assert path.read_bytes() == b"head"
 
 
 @pytest.mark.parametrize("kind", ["qcow2", "raw"])
