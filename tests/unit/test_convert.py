@@ -333,6 +333,15 @@ def test_room_is_reserved_in_a_file_that_stays_as_it_is(tmp_path):
     assert path.read_bytes() == b"head".ljust(1 << 20, b"\0")
 
 
+def test_no_room_is_reserved_in_what_is_no_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+    for name in ("pipe", "link"):
+        with pytest.raises(OSError):
+            reserve(tmp_path / name, 4096)
+    assert not (tmp_path / "elsewhere").exists()
+
+
 @pytest.mark.root
 def test_room_that_is_not_there_is_said_to_be_missing():
     with file_system("tmpfs", "1M") as pool:

@@ -103,6 +103,11 @@ def test_what_a_guest_tells_that_makes_no_sense_is_left_out():
     assert calls(nonsense, WHO).message() == calls([], WHO).message()
 
 
+def test_a_card_may_be_called_by_a_number():
+    (found,) = records(calls([f"card 10 {b'7'.hex()} {MACS[0][0].encode().hex()}"], WHO).message())[:1]
+    assert found[:2] == (16, 10) and found[3].startswith(b"7\0")
+
+
 def test_a_complaint_says_what_it_is_about():
     told = calls(["pool 3", "sshd 77"], WHO)
     assert told.answer(f"1 Bad file descriptor\n3 No such process\neth0: no\n9 what\n{DONE}\n") == (

@@ -254,7 +254,8 @@ def _read(told: Sequence[str]) -> dict[str, list[tuple[int, int | None, list[byt
         if re.fullmatch(r"[a-z-]+ \d{1,6}( ([0-9a-f]{2})*)*", line):
             kind, file, *fields = line.split(" ")
             more = [bytes.fromhex(field) for field in fields]
-            size = int(more.pop(0)) if more and re.fullmatch(rb"[0-9]{1,9}", more[0]) else None
+            sized = kind != "card" and more and re.fullmatch(rb"[0-9]{1,9}", more[0])  # a card may be called 7
+            size = int(more.pop(0)) if sized else None
             if len(more) >= _FIELDS.get(kind, 0):
                 held.setdefault(kind, []).append((int(file), size, more))
     return held

@@ -25,8 +25,8 @@ def pool_full(folder: Path, what: str, room: int | None = None) -> PoolFull:
 
 def reserve(path: Path, size: int) -> None:
     """Have the first `size` bytes of a file on the disk, so that they can be written when the pool is full; what they
-    hold stays. Raises `PoolFull`, `OSError`."""
-    fd = os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    hold stays. Raises `PoolFull`, `OSError`; also for what is no file."""
+    fd = os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         os.posix_fallocate(fd, 0, size)
     except OSError as error:
