@@ -70,10 +70,17 @@ def cards(vm):
 
 
 def get(where, address):
-    """The page at an address, as it is seen from a namespace; None where there is none."""
+    """The page at an address, as it is seen from a namespace; None where there is none. The guest's server answers one
+    at a time and starts anew after each: who comes meanwhile is refused, and asks again."""
     inside = ["nsenter", f"--net=/run/netns/{where}", sys.executable, "-c", GET.format(address)]
-    done = subprocess.run(inside, capture_output=True, text=True)
-    return done.stdout if done.returncode == 0 else None
+    for _ in range(4):
+        done = subprocess.run(inside, capture_output=True, text=True)
+        if done.returncode == 0:
+            return done.stdout
+        if "refused" not in done.stderr and "reset" not in done.stderr:
+            return None
+        time.sleep(0.3)
+    return None
 
 
 def eventually(look):
