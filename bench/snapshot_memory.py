@@ -244,14 +244,8 @@ def background(daemon, vm, log: Path) -> list[float]:
 
 
 def measure(ours, log: Path, theirs: Theirs, bare: list[float]) -> None:
-    pauses: dict[str, list[float]] = {
-        "stop and cont": bare,
-        "nothing": [],
-        "beside": [],
-        "ours": [],
-        "said": [],
-        "theirs": [],
-    }
+    pauses: dict[str, list[float]] = {name: [] for name in ("nothing", "beside", "ours", "said", "theirs")}
+    pauses["stop and cont"] = bare
     longest, took = [], 5.0
     for _ in range(RUNS):
         virsh("suspend", NAME)
