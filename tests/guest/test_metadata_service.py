@@ -145,3 +145,17 @@ def test_it_is_there_again_after_the_daemon_and_the_bridge_were_not(lab, host):
     while not any("listens again" in event["text"] for event in lab.inn.events() if event["seq"] not in seen):
         time.sleep(0.2)
     assert ask(web, "/latest/user-data", token(web))[0] == 200
+
+
+def test_names_and_addresses_are_served_on_after_a_guest_renewed_and_another_came(lab, host):
+    """dnsmasq before 2.91 walks through freed memory there, where a line of its DHCP hosts has a tag."""
+    db = lab.inn.vm("db")
+    for name in ("db-4", "db-5", "db-6"):
+        sh(db, "udhcpc -n -q -i eth0")
+        lab.inn.fork("db", name=name)
+    try:
+        assert "Address" in sh(db, "nslookup db-6.inn")
+        assert not [event["text"] for event in lab.inn.events() if "had ended" in event["text"]]
+    finally:
+        for name in ("db-4", "db-5", "db-6"):
+            lab.inn.vm(name).delete(force=True)

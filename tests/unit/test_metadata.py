@@ -232,6 +232,8 @@ def test_dhcp_shows_the_way_where_there_is_no_other():
     den = network_of(network_record("1" * 32, NetworkSpec(name="den", mode="internal"), SUBNET, "now"))
     assert f"{resolver.ASKS},option:classless-static-route,169.254.169.254/32,10.77.0.1" in resolver.config(den, "", "")
     assert "classless" not in resolver.config(NETWORK, "", "")
-    assert resolver.dhcp_hosts([WEB, replace(DB, metadata=False)]) == (
-        f"{WEB.mac},set:metadata,{WEB.address}\n{DB.mac},{DB.address}\n"
-    )
+    cards = [WEB, replace(DB, metadata=False)]
+    tagged = resolver.dhcp_hosts(den, cards)
+    assert tagged == f"{WEB.mac},set:metadata,{WEB.address}\n{DB.mac},{DB.address}\n"
+    assert resolver.has_tags(tagged)
+    assert not resolver.has_tags(resolver.dhcp_hosts(NETWORK, cards))

@@ -56,20 +56,23 @@ class Resolver:
         files = {
             resolver.CONFIG: resolver.config(self._network, str(self._folder), user.pw_name),
             resolver.HOSTS: resolver.hosts(self._network, nics),
-            resolver.DHCP_HOSTS: resolver.dhcp_hosts(nics),
+            resolver.DHCP_HOSTS: resolver.dhcp_hosts(self._network, nics),
         }
-        changed = [name for name, text in files.items() if self._write(name, text)]
-        if self.runs():
-            if not (outdated := self._outdated(nics)):
-                if changed:
-                    self._signal(signal.SIGHUP)
-                return False
+        tagged = resolver.has_tags(self._read(resolver.DHCP_HOSTS) or "")
+        stale = not self._alive()  # a daemon may have died after it wrote, before it said so
+        for name, text in files.items():
+            stale |= self._write(name, text)
+        if not self.runs():
+            await self._start()
+            return True
+        outdated = self._outdated(nics)
+        if outdated or (stale and tagged):
             await self._kill()
             self._forget(outdated, user)
             await self._start()
-            return False
-        await self._start()
-        return True
+        elif stale:
+            self._signal(signal.SIGHUP)
+        return False
 
     def runs(self) -> bool:
         """Whether it does, now."""
@@ -113,11 +116,16 @@ class Resolver:
         kept = "".join(line for line in lines if addresses.isdisjoint(line.split()[2:3]))
         write_file(path, io.BytesIO(kept.encode()), user.pw_uid)
 
+    def _read(self, name: str) -> str | None:
+        """A file as dnsmasq has read it."""
+        with suppress(OSError):
+            return (self._folder / name).read_text()
+        return None
+
     def _write(self, name: str, text: str) -> bool:
         path = self._folder / name
-        with suppress(OSError):
-            if path.read_text() == text:
-                return False
+        if self._read(name) == text:
+            return False
         staged = path.with_name(f"{name}.new")
         staged.write_text(text)
         staged.chmod(0o644)

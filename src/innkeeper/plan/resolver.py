@@ -57,9 +57,16 @@ def hosts(network: Network, nics: Iterable[Nic]) -> str:
     return "".join(f"{line}\n" for line in lines)
 
 
-def dhcp_hosts(nics: Iterable[Nic]) -> str:
-    """MAC and address, one card per line."""
-    return "".join(f"{nic.mac},{f'set:{ASKS},' * nic.metadata}{nic.address}\n" for nic in nics)
+def dhcp_hosts(network: Network, nics: Iterable[Nic]) -> str:
+    """MAC and address, one card per line; a tag only where an option asks for it (`has_tags`)."""
+    tag = f"set:{ASKS}," if network.mode != "nat" else ""
+    return "".join(f"{nic.mac},{tag * nic.metadata}{nic.address}\n" for nic in nics)
+
+
+def has_tags(dhcp_hosts: str) -> bool:
+    """Whether a dnsmasq that has read these may not be told to read them again: before 2.91 it then frees what it had
+    linked to a tag while it answered that card, and dies."""
+    return "set:" in dhcp_hosts
 
 
 def leases(text: str) -> dict[str, str]:
