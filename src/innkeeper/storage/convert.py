@@ -11,7 +11,6 @@ and without compression: an image is read by every VM that stands on it, for all
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import re
@@ -25,7 +24,7 @@ from innkeeper.storage.cage import Limits, run_tool
 from innkeeper.storage.copy import Report, copy_files
 from innkeeper.storage.formats import ImageHeader, inspect, inspect_fd, qcow2
 from innkeeper.storage.formats.detect import open_image
-from innkeeper.storage.room import pool_full, room_for
+from innkeeper.storage.room import full_pool_is, pool_full, room_for
 from innkeeper.storage.threads import in_thread
 
 TOOL_MEMORY = 2 * GIB
@@ -137,12 +136,8 @@ async def create_overlay(base: Path, base_format: str, target: Path, size: int, 
             field="size",
             smallest=base_size,
         )
-    try:
+    with full_pool_is(f"no room for {target.name}", target.parent):
         qcow2.write_overlay(target, base, base_format, size, durable=durable)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise pool_full(target.parent, f"no room for {target.name}") from error
-        raise
 
 
 async def image_check(path: Path, *, job: str = "", user: int | None = None) -> CheckReport:

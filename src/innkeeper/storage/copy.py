@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from innkeeper.base.units import MIB, format_size
-from innkeeper.storage.room import pool_full, room_for
+from innkeeper.storage.room import full_pool_is, pool_full, room_for
 from innkeeper.storage.threads import in_thread
 
 Report = Callable[[float | None, str], None]
@@ -41,15 +41,14 @@ async def copy_files(pairs: Sequence[tuple[int, Path]], *, report: Report) -> No
     """
     made: list[tuple[int, Path]] = []
     try:
-        for _, target in pairs:
-            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-            made.append((os.open(target, flags, 0o600), target))
-        await _fill([(fd, out) for (fd, _), (out, _) in zip(pairs, made, strict=True)], pairs[0][1].parent, report)
-    except BaseException as error:
+        with full_pool_is("no room for the copy", pairs[0][1].parent):
+            for _, target in pairs:
+                flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+                made.append((os.open(target, flags, 0o600), target))
+            await _fill([(fd, out) for (fd, _), (out, _) in zip(pairs, made, strict=True)], pairs[0][1].parent, report)
+    except BaseException:
         for _, target in made:
             target.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise pool_full(pairs[0][1].parent, "no room for the copy") from error
         raise
     finally:
         for out, _ in made:

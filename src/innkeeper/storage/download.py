@@ -18,8 +18,9 @@ from typing import Any
 import httpx2
 
 from innkeeper import __version__
-from innkeeper.base.errors import DigestMismatch, DownloadFailed, InvalidInput, PoolFull
+from innkeeper.base.errors import DigestMismatch, DownloadFailed, InvalidInput
 from innkeeper.base.units import format_size
+from innkeeper.storage.room import full_pool_is
 from innkeeper.storage.threads import in_thread
 
 Report = Callable[[float | None, str], None]
@@ -72,7 +73,9 @@ async def download(
     staged = target.with_name(target.name + ".part")
     fd = os.open(staged, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
-        digest = await _fetch(url, fd, limit, report, pause)
+        with full_pool_is(f"no room for {url}", target.parent):
+            digest = await _fetch(url, fd, limit, report, pause)
+            await in_thread(lambda _: os.fsync(fd))
         if digest != wanted:
             raise DigestMismatch(
                 f"{url} has the SHA-256 {digest}, not {wanted}",
@@ -80,12 +83,7 @@ async def download(
                 found=digest,
                 wanted=wanted,
             )
-        await in_thread(lambda _: os.fsync(fd))
         staged.rename(target)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise PoolFull(f"no room for {url} in {target.parent}") from error
-        raise
     finally:
         os.close(fd)
         staged.unlink(missing_ok=True)
