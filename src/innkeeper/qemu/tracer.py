@@ -54,6 +54,8 @@ _SYSCALL = 0x050F
 """The instruction, as a number of two bytes."""
 _NONE = (1 << 64) - 1
 _WORST_ERROR = -4095
+_ERESTARTNOINTR = 513
+"""What a clone comes to where a signal is on its way (linux/errno.h): it is to be made again once that is taken."""
 
 
 _REGISTERS = (
@@ -118,11 +120,13 @@ class Traced:
         """Make a system call; what it returns. A child that it makes stands still, and is its answer. Raises
         `OSError`."""
         values = dict(zip(("rdi", "rsi", "rdx", "r10", "r8", "r9"), (*arguments, *[0] * 6), strict=False))
-        self._set(rax=number, **values)
-        self._on()
-        if forked := self._on():
+        answer = -_ERESTARTNOINTR
+        while answer == -_ERESTARTNOINTR:
+            self._set(rax=number, **values)
             self._on()
-        answer = ctypes.c_longlong(_registers(self.pid).rax).value
+            if forked := self._on():
+                self._on()
+            answer = ctypes.c_longlong(_registers(self.pid).rax).value
         if _WORST_ERROR <= answer < 0:
             raise OSError(-answer, f"system call {number}: {os.strerror(-answer)}")
         return forked or answer
