@@ -73,7 +73,7 @@ def get(where, address):
     """The page at an address, as it is seen from a namespace; None where there is none."""
     inside = ["nsenter", f"--net=/run/netns/{where}", sys.executable, "-c", GET.format(address)]
     done = subprocess.run(inside, capture_output=True, text=True)
-    return None if done.returncode else done.stdout
+    return done.stdout if done.returncode == 0 else None
 
 
 def eventually(look):

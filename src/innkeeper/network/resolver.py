@@ -117,7 +117,7 @@ class Resolver:
         write_file(path, io.BytesIO(kept.encode()), user.pw_uid)
 
     def _read(self, name: str) -> str | None:
-        """A file as dnsmasq has read it."""
+        """A file as it was last written; None where it was not yet."""
         with suppress(OSError):
             return (self._folder / name).read_text()
         return None

@@ -75,15 +75,15 @@ async def download(
     try:
         with full_pool_is(f"no room for {url}", target.parent):
             digest = await _fetch(url, fd, limit, report, pause)
+            if digest != wanted:
+                raise DigestMismatch(
+                    f"{url} has the SHA-256 {digest}, not {wanted}",
+                    hint="the file at this address changed, or the digest is that of another one",
+                    found=digest,
+                    wanted=wanted,
+                )
             await in_thread(lambda _: os.fsync(fd))
-        if digest != wanted:
-            raise DigestMismatch(
-                f"{url} has the SHA-256 {digest}, not {wanted}",
-                hint="the file at this address changed, or the digest is that of another one",
-                found=digest,
-                wanted=wanted,
-            )
-        staged.rename(target)
+            staged.rename(target)
     finally:
         os.close(fd)
         staged.unlink(missing_ok=True)
