@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
+import filecmp
 import json
 import os
 import shutil
@@ -72,6 +73,10 @@ def built_image(name: str) -> tuple[Path, dict]:
     return folder, json.loads((folder / "image.json").read_text())
 
 
+FOUND_OUT = ("accelerator.json", "qemu.json")
+"""What a daemon on a new folder finds out about its host, in three seconds."""
+
+
 class Daemon:
     """A real innkeeperd on a folder of its own."""
 
@@ -111,7 +116,7 @@ class Daemon:
         env = os.environ | {"INNKEEPER_HOME": str(self.home.data), "INNKEEPER_FAULT": fault}
         if self._pool:
             env["INNKEEPER_POOL"] = str(self._pool)
-        self.home.data.mkdir(parents=True, exist_ok=True)
+        self.know_the_host()
         command = [sys.executable, "-m", "innkeeper.server.daemon"]
         if self.namespace:  # not `ip netns exec`, which hides the cgroups
             command = ["nsenter", f"--net=/run/netns/{self.namespace}", *command]
@@ -121,12 +126,27 @@ class Daemon:
             self.wait()
         return self
 
+    def know_the_host(self) -> None:
+        """Tell it what the first daemon has found out; it looks for itself where that is no longer so."""
+        self.home.data.mkdir(parents=True, exist_ok=True)
+        for name in FOUND_OUT:
+            if not (self.home.data / name).exists() and (CACHE / name).exists():
+                shutil.copyfile(CACHE / name, self.home.data / name)
+
+    def _hand_on(self) -> None:
+        for name in FOUND_OUT:
+            found = self.home.data / name
+            if found.exists() and not ((CACHE / name).exists() and filecmp.cmp(found, CACHE / name, shallow=False)):
+                shutil.copyfile(found, CACHE / f"{name}.{os.getpid()}")
+                (CACHE / f"{name}.{os.getpid()}").replace(CACHE / name)
+
     def wait(self, seconds: float = 30) -> None:
         """Until it answers."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             with suppress(Exception):
                 self.inn.version()
+                self._hand_on()
                 return
             assert self.process is not None
             if self.process.poll() is not None:

@@ -66,6 +66,33 @@ def small_build() -> Path:
     return folder
 
 
+HALT = b"\xfa\xf4\xeb\xfd"
+"""cli; hlt; and again: a guest that takes no CPU from the one beside it."""
+
+
+@cache
+def halting_firmware() -> Path:
+    """A configuration folder with UEFI firmware that halts at once: the harness is about the steps around it, and the
+    real one works for seconds in each guest until it has found that there is nothing to boot."""
+    folder = scratch()
+    folder.chmod(0o711)  # QEMU's own user must be able to pass through
+    code, variables = folder / "code.fd", folder / "vars.fd"
+    code.write_bytes(HALT.ljust(16, b"\xff").rjust(3 << 20, b"\xff"))  # the CPU starts 16 bytes before its end
+    variables.write_bytes(b"\xff" * (128 << 10))
+    mapping = {
+        "device": "flash",
+        "executable": {"filename": str(code), "format": "raw"},
+        "nvram-template": {"filename": str(variables), "format": "raw"},
+    }
+    target = {"architecture": "x86_64", "machines": ["pc-q35-*"]}
+    descriptor = {"interface-types": ["uefi"], "mapping": mapping, "targets": [target], "features": []}
+    for path in (code, variables):
+        path.chmod(0o644)
+    (folder / "qemu/firmware").mkdir(parents=True)
+    (folder / "qemu/firmware/00-halts.json").write_text(json.dumps(descriptor))
+    return folder
+
+
 class House(Daemon):
     """A daemon from the fork server."""
 
@@ -76,11 +103,12 @@ class House(Daemon):
         self.environment = {} if real_builds else {"TEST_BUILT_IMAGE": str(small_build())}
 
     def start(self, fault: str = "", wait: bool = True) -> House:
-        self.home.data.mkdir(parents=True, exist_ok=True)
+        self.know_the_host()
         env = self.environment | {
             "INNKEEPER_HOME": str(self.home.data),
             "INNKEEPER_POOL": str(self.home.pool),
             "INNKEEPER_FAULT": fault,
+            "XDG_CONFIG_HOME": str(halting_firmware()),
             "TEST_SSH_PORTS": str(20000 + os.getpid() % 200 * 50),  # every home counts from the same number
             "TEST_NAMESPACE": self.namespace or "",
         }

@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from house import UPLINK, House, scratch
+from house import HALT, UPLINK, House, scratch
 from namespaces import run as run_in
 
 from innkeeper.client import Innkeeper
@@ -193,7 +193,7 @@ def has_no_network(house: House) -> None:
 def disk_image() -> Path:
     """A raw image of 1 MiB, as somebody's file."""
     path = scratch() / "disk.raw"
-    path.write_bytes(b"\xeb\xfe" + bytes(508) + b"\x55\xaa" + b"data" * 1024 + bytes((1 << 20) - 512 - 4096))
+    path.write_bytes(HALT.ljust(510, b"\0") + b"\x55\xaa" + b"data" * 1024 + bytes((1 << 20) - 512 - 4096))
     return path
 
 
@@ -262,7 +262,7 @@ WARM, FORK = f"{NAME}-warm", "fork"
 
 
 def warm(inn: Innkeeper) -> Operation:
-    """Of a guest without an agent: its boot sector goes round in a circle."""
+    """Of a guest without an agent: its boot sector halts."""
     return inn.warm(NAME, spec("warming", image=NAME, nics=[]))
 
 

@@ -15,21 +15,25 @@ from innkeeper.operations.verbs import VERBS
 
 pytestmark = pytest.mark.guest
 
-AT_A_STEP = ("before/fail", "after/fail", "before/twice", "before/kill", "after/kill")
-FIRST = ("after/fail", "after/kill", "undo/kill")
-IN_UNDO = ("undo/fail", "undo/twice", "undo/kill")
+AT_A_STEP = ("before/fail", "after/fail", "before/kill", "after/kill")
+DIFFERS_MOST = ("after/fail", "after/kill", "undo/kill", "before/twice", "undo/twice")
 
 
 def faults(verb: Verb):
-    """All fault texts of a verb."""
-    for step in verb.steps:
-        for fault in AT_A_STEP:
-            yield f"{verb.kind}/{step.name}/{fault}"
+    """All fault texts of a verb. What leads on, a step that is done twice or an undo that fails at first, is for all
+    steps at once."""
+
+    def at(steps, *what):
+        return [f"{verb.kind}/{step.name}/{each}" for step in steps for each in what]
+
+    yield from at(verb.steps, *AT_A_STEP)
+    yield ",".join(at(verb.steps, "before/twice"))
     undoable = [step for step in verb.steps if not step.keep]
     if undoable and not verb.steps[0].keep:
-        for step in undoable:
-            for fault in IN_UNDO:
-                yield f"{verb.kind}/{undoable[-1].name}/after/fail,{verb.kind}/{step.name}/{fault}"
+        failed = at(undoable[-1:], "after/fail")
+        for kill in at(undoable, "undo/kill"):
+            yield ",".join([*failed, kill])
+        yield ",".join([*failed, *at(undoable, "undo/fail", "undo/twice")])
 
 
 def reaches_the_end(verb: Verb, fault: str) -> bool:
@@ -46,8 +50,8 @@ def kind_of(scenario: str) -> str:
 
 
 def cases():
-    """Every fault of every scenario. A step that an earlier verb has too is by default only tried where it differs
-    most from there: `FIRST`; the others are marked slow."""
+    """Every fault of every scenario. A step that an earlier verb has too is by default only tried as `DIFFERS_MOST`
+    says; the others are marked slow."""
     known: set[object] = set()
     for scenario in SCENARIOS:
         verb = VERBS[kind_of(scenario)]
@@ -55,22 +59,13 @@ def cases():
         for fault in faults(verb):
             _, step, *what = fault.split(",")[-1].split("/")
             repeated = steps[step].do in known or "," in scenario
-            marks = [pytest.mark.slow] if repeated and "/".join(what) not in FIRST else []
-            yield pytest.param(scenario, fault, marks=marks, id=f"{scenario}: {fault}")
+            marks = [pytest.mark.slow] if repeated and "/".join(what) not in DIFFERS_MOST else []
+            name = f"{verb.kind}/all/{'/'.join(what)}" if what[1] == "twice" else fault
+            yield pytest.param(scenario, fault, marks=marks, id=f"{scenario}: {name}")
         known |= {step.do for step in verb.steps}
 
 
 CASES = list(cases())
-FAILED = pytest.StashKey[bool]()
-
-
-@pytest.fixture(scope="module")
-def kept():
-    """The house that serves one case after the other, for as long as all goes well."""
-    houses: list[House] = []
-    yield houses
-    for house in houses:
-        house.clean()
 
 
 @pytest.fixture(scope="module")
@@ -86,17 +81,12 @@ def elsewhere():
 
 
 @pytest.fixture
-def house(kept, request):
+def house(request):
     name = request.node.callspec.params["name"]
     of_networks = name.startswith("network-") or name.endswith(("on an interface", "in a network"))
-    where = request.getfixturevalue("elsewhere") if of_networks else None
-    if kept and kept[0].namespace != where:
-        kept.pop().clean()
-    if not kept:
-        kept.append(House(namespace=where))
-    yield kept[0]
-    if request.node.stash.get(FAILED, False):
-        kept.pop().clean()
+    made = House(namespace=request.getfixturevalue("elsewhere") if of_networks else None)
+    yield made
+    made.clean()
 
 
 def test_every_verb_has_a_scenario():
@@ -104,8 +94,7 @@ def test_every_verb_has_a_scenario():
 
 
 @pytest.mark.parametrize(("name", "fault"), CASES)
-def test_fault(name, fault, house, request):
-    request.node.stash[FAILED] = True
+def test_fault(name, fault, house):
     scenario, kind = SCENARIOS[name], kind_of(name)
     came_to_its_end = reaches_the_end(VERBS[kind], fault)
     house.start(fault)
@@ -131,8 +120,6 @@ def test_fault(name, fault, house, request):
         house.check()
         scenario.whole(house)
     house.empty()
-    house.end()
-    request.node.stash[FAILED] = False
 
 
 @pytest.mark.parametrize(
@@ -150,8 +137,7 @@ def test_fault(name, fault, house, request):
     ]
     + [("vm-delete", f"vm-delete/{step.name}/before/fail") for step in VERBS["vm-delete"].steps[1:]],
 )
-def test_the_next_daemon_settles_what_could_not_be_undone(name, fault, house, request):
-    request.node.stash[FAILED] = True
+def test_the_next_daemon_settles_what_could_not_be_undone(name, fault, house):
     house.start(fault)
     SCENARIOS[name].prepare(house)
     operation = attempt(house, SCENARIOS[name].act)
@@ -163,5 +149,3 @@ def test_the_next_daemon_settles_what_could_not_be_undone(name, fault, house, re
     if name == "vm-delete":
         SCENARIOS[name].whole(house)
     house.empty()
-    house.end()
-    request.node.stash[FAILED] = False

@@ -14,7 +14,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,6 @@ class Guest:
 
     def __init__(self, process: subprocess.Popen[bytes], folder: Path) -> None:
         self.process, self.folder = process, folder
-        self.patience = 600.0
         self._sockets: dict[str, Any] = {}
 
     def ask(self, name: str, execute: str, **arguments: Any) -> Any:
@@ -53,6 +52,13 @@ class Guest:
         """A request to the agent that has no answer."""
         self._stream("agent").write(json.dumps({"execute": execute, "arguments": arguments}).encode() + b"\n")
         self._stream("agent").flush()
+
+    def wait_for(self, event: str, **data: Any) -> None:
+        """Until QEMU tells of it."""
+        while True:
+            said = json.loads(self._stream("qmp").readline())
+            if said.get("event") == event and said["data"] == data:
+                return
 
     def run(self, script: str) -> str:
         """The output of a shell script in the guest, which must succeed."""
@@ -73,7 +79,7 @@ class Guest:
     def _stream(self, name: str) -> Any:
         if name not in self._sockets:
             end = socket.socket(socket.AF_UNIX)
-            end.settimeout(self.patience)
+            end.settimeout(600)
             deadline = time.monotonic() + 10
             while end.connect_ex(str(self.folder / f"{name}.sock")):  # it has its name a moment before it listens
                 assert time.monotonic() < deadline, f"{name}.sock does not answer"
@@ -116,7 +122,7 @@ def booted(folder: Path, *options: str, memory: int = 512) -> Iterator[Guest]:
         *("-qmp", f"unix:{folder}/qmp.sock,server=on,wait=off", "-device", "virtio-rng-pci"),
         *("-chardev", f"socket,id=agent,path={folder}/agent.sock,server=on,wait=off"),
         *("-device", "virtio-serial-pci"),
-        *("-device", "virtserialport,chardev=agent,name=org.qemu.guest_agent.0"),
+        *("-device", "virtserialport,id=agent0,chardev=agent,name=org.qemu.guest_agent.0"),
         *("-netdev", "user,id=net", "-device", "virtio-net-pci,netdev=net,mac=52:54:00:00:00:01"),
         *options,
     ]
@@ -215,12 +221,11 @@ def test_tiny_answers_takes_its_name_from_the_seed_and_powers_off_by_its_button(
         guest.run("e2fsck -fn /dev/vda; mount /dev/vda /mnt; grep kept /mnt/file")
         guest.run("for tool in dd nc wget httpd sha256sum tar base64 vi; do which $tool; done")
         agent = guest.run("pidof qemu-ga").strip()
+        guest.ask("qmp", "query-status")  # from here on it tells of what happens
         guest.send("guest-exec", path="/bin/kill", arg=["-9", agent])
-        now, guest.patience = agent, 30.0  # what is asked of a dying agent has no answer
-        while now == agent:
-            guest.hang_up()
-            with suppress(TimeoutError):
-                now = guest.run("pidof qemu-ga").strip()
+        guest.wait_for("VSERPORT_CHANGE", id="agent0", open=False)  # what is asked of a dying agent has no answer
+        guest.hang_up()
+        assert guest.run("pidof qemu-ga").strip() != agent
         guest.ask("qmp", "system_powerdown")
         assert guest.process.wait(timeout=120) == 0
     assert "tiny7:~#" in guest.console or "tiny:~#" in guest.console
