@@ -2,10 +2,10 @@
 
     .venv/bin/python bench/chain.py [RUNS]
 
-The disk has 512 MiB of data; of the 16 overlays each holds a sixteenth of the clusters, in no order. The layers are
-opened with the options that a VM's QEMU gets (plan/devices.py), by `qemu-img bench`, whose step of a prime number of
-blocks comes by all of them in no order that a disk or a cache could foresee. All is in the page cache, so that what is
-measured is the layers and not the disk.
+The disk has 512 MiB of data; of the 16 overlays each holds a sixteenth of the clusters, in no order. First as a guest
+reads it, from its disk; then without one: the layers are opened with the options that a VM's QEMU gets
+(plan/devices.py), by `qemu-img bench`. A step of a prime number of blocks comes by all of them in no order that a disk
+or a cache could foresee. All is in the host's page cache, so that what is measured is the layers and not its disk.
 """
 
 from __future__ import annotations
@@ -16,18 +16,21 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
-from common import median, say
+from common import median, running_daemon, say
 
+from innkeeper.client import Innkeeper
+from innkeeper.client.vm import VM
 from innkeeper.plan.chain import Layer
 from innkeeper.plan.devices import volume
 from innkeeper.storage.formats.qcow2 import write_overlay
 
 RUNS = int(sys.argv[1]) if len(sys.argv) > 1 else 10
 SIZE, CLUSTER, DEPTH = 512 << 20, 64 << 10, 16
-READS, STEP = 100_000, 4096 * 7919
+READS, GUEST_READS, STEP = 100_000, 5_000, 4096 * 7919
 
 
 def chain(folder: Path, depth: int) -> list[Layer]:
@@ -73,13 +76,74 @@ def reads_per_second(layers: list[Layer]) -> float:
     return READS / float(found[1])
 
 
+WRITE = f"""
+open(my $disk, "+<", "/dev/vda") or die; srand 1;
+my @all = (0 .. {SIZE // CLUSTER} - 1);
+for my $n (reverse 1 .. $#all) {{ my $m = int rand($n + 1); @all[$n, $m] = @all[$m, $n] }}
+my $share = @all / $ARGV[1];
+for my $each (splice @all, $ARGV[0] * $share, $share) {{
+  sysseek $disk, $each * {CLUSTER}, 0; syswrite $disk, chr($each % 251 + 1) x {CLUSTER} or die;
+}}
+"""
+READ = f"""
+sub now {{ open my $up, "<", "/proc/uptime"; (split " ", <$up>)[0] }}
+open(my $disk, "<", "/dev/vda") or die; my ($at, $begun) = (0, now());
+for (1 .. {GUEST_READS}) {{
+  sysseek $disk, $at, 0; sysread $disk, my $read, 4096 or die; $at = ($at + {STEP}) % {SIZE};
+}}
+print {GUEST_READS} / (now() - $begun);
+"""
+"""For the guest's Perl: write one of so many shares of the clusters, in no order; read."""
+
+
+def filled(inn: Innkeeper, name: str, depth: int) -> VM:
+    """A running VM whose disk has its data in so many layers."""
+    vm = inn.launch("tiny", name=name, memory="256M", disk=f"{SIZE >> 20}M")
+    for number in range(depth):
+        if number:
+            vm.snapshots.create().wait()
+        ran = vm.exec(["sh", "-c", 'perl -e "$0" "$@" && sync', WRITE, str(number), str(depth)])
+        assert ran.status == 0, ran
+    return vm
+
+
+def guest_reads_per_second(vm: VM) -> float:
+    ran = vm.exec(["sh", "-c", 'echo 3 >/proc/sys/vm/drop_caches; perl -e "$0"', READ])
+    assert ran.status == 0, ran
+    return float(ran.stdout)
+
+
+def in_guests() -> list[tuple[float, float]]:
+    with running_daemon("tiny") as daemon:
+        print(f"accelerator: {daemon.inn.host()['accelerator']['name']}")
+        many, one = filled(daemon.inn, "many", DEPTH), filled(daemon.inn, "one", 1)
+        return in_turn(lambda: guest_reads_per_second(many), lambda: guest_reads_per_second(one))
+
+
+def in_turn(ours: Callable[[], float], peer: Callable[[], float]) -> list[tuple[float, float]]:
+    """Pairs, every second of them the other way round."""
+    pairs = []
+    for number in range(RUNS):
+        if number % 2:
+            pairs.append((ours(), peer()))
+        else:
+            pairs.append((peer(), ours())[::-1])
+    return pairs
+
+
+def tell(what: str, measured: list[tuple[float, float]]) -> None:
+    ours, peer = (median([each[index] for each in measured]) for index in (0, 1))
+    what = f"4 KiB reads through {DEPTH} overlays, {what}"
+    say(what, f"{ours:,.0f}/s", f"one: {peer:,.0f}/s", ours / peer, "at least 0.9")
+
+
 def main() -> None:
+    tell("by a guest", in_guests())
     with tempfile.TemporaryDirectory(prefix="inn-bench-") as name:
         one, many = chain(Path(name), 1), chain(Path(name), DEPTH)
         reads_per_second(one), reads_per_second(many)
-        measured = [(reads_per_second(many), reads_per_second(one)) for _ in range(RUNS)]
-    ours, peer = (median([each[index] for each in measured]) for index in (0, 1))
-    say(f"4 KiB reads through {DEPTH} overlays", f"{ours:,.0f}/s", f"one: {peer:,.0f}/s", ours / peer, "at least 0.9")
+        measured = in_turn(lambda: reads_per_second(many), lambda: reads_per_second(one))
+    tell("by qemu-img alone", measured)
 
 
 main()
