@@ -1,8 +1,8 @@
-"""Reading through a chain of layers: random 4 KiB reads of allocated clusters through 16 overlays, and through one.
+"""Reading through a chain of layers: random 4 KiB reads of allocated clusters through 16 layers, and through one.
 
     .venv/bin/python bench/chain.py [RUNS]
 
-The disk has 512 MiB of data; of the 16 overlays each holds a sixteenth of the clusters, in no order. First as a guest
+The disk has 512 MiB of data; of the 16 layers each holds a sixteenth of the clusters, in no order. First as a guest
 reads it, from its disk; then without one: the layers are opened with the options that a VM's QEMU gets
 (plan/devices.py), by `qemu-img bench`. A step of a prime number of blocks comes by all of them in no order that a disk
 or a cache could foresee. All is in the host's page cache, so that what is measured is the layers and not its disk.
@@ -133,7 +133,7 @@ def in_turn(ours: Callable[[], float], peer: Callable[[], float]) -> list[tuple[
 
 def tell(what: str, measured: list[tuple[float, float]]) -> None:
     ours, peer = (median([each[index] for each in measured]) for index in (0, 1))
-    what = f"4 KiB reads through {DEPTH} overlays, {what}"
+    what = f"4 KiB reads through {DEPTH} layers, {what}"
     say(what, f"{ours:,.0f}/s", f"one: {peer:,.0f}/s", ours / peer, "at least 0.9")
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
-import filecmp
 import json
 import os
 import shutil
@@ -26,6 +25,7 @@ from innkeeper.client import Innkeeper
 from innkeeper.client.wishes import vm_spec
 from innkeeper.operations.image_make import _fields
 from innkeeper.operations.image_verify import digest as _digest
+from innkeeper.qemu.capabilities import keep
 from innkeeper.qemu.process import Pid, find
 from innkeeper.spec.image import Image
 from innkeeper.spec.recipe import Recipe, load_recipe
@@ -135,10 +135,9 @@ class Daemon:
 
     def _hand_on(self) -> None:
         for name in FOUND_OUT:
-            found = self.home.data / name
-            if found.exists() and not ((CACHE / name).exists() and filecmp.cmp(found, CACHE / name, shallow=False)):
-                shutil.copyfile(found, CACHE / f"{name}.{os.getpid()}")
-                (CACHE / f"{name}.{os.getpid()}").replace(CACHE / name)
+            found, known = self.home.data / name, CACHE / name
+            if found.exists() and not (known.exists() and known.read_bytes() == found.read_bytes()):
+                keep(known, json.loads(found.read_bytes()))
 
     def wait(self, seconds: float = 30) -> None:
         """Until it answers."""
@@ -146,13 +145,14 @@ class Daemon:
         while time.monotonic() < deadline:
             with suppress(Exception):
                 self.inn.version()
-                self._hand_on()
-                return
+                break
             assert self.process is not None
             if self.process.poll() is not None:
                 raise AssertionError(f"the daemon ended:\n{self.log()[-3000:]}")
             time.sleep(0.02)
-        raise AssertionError(f"the daemon does not answer:\n{self.log()[-3000:]}")
+        else:
+            raise AssertionError(f"the daemon does not answer:\n{self.log()[-3000:]}")
+        self._hand_on()
 
     def kill(self) -> None:
         """SIGKILL."""
